@@ -1,0 +1,118 @@
+"""The `align:` section of a mergekit-evolve config.
+
+mergekit ignores keys that it does not know, so that the same YAML is read by the stock command with
+and without this package. Inside the section an unknown key is an error. Paths are relative to the
+working directory, like the models' paths in the same file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_align.errors import InputError, closest
+
+
+class OpeningTexts(BaseModel):
+    """Texts whose first tokens tell a refusal from help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    refusal: tuple[str, ...] = Field(min_length=1)
+    help: tuple[str, ...] = Field(min_length=1)
+
+
+class AlignSection(BaseModel):
+    """What a config can say to `mergekit-evolve` beyond its genome and tasks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str | None = None
+    """Samples that our response tasks read where their own YAML names none."""
+    openings: OpeningTexts | None = None
+    """Refusing and helping openings for `decision_margin`; by default the data's own."""
+    task_search_path: tuple[str, ...] = ()
+    """Directories of lm-eval tasks, beside ours and the command line's."""
+    storage_path: str | None = None
+    """Where the search keeps its files; by default `NAME-evolved` for `NAME.yml`."""
+    max_fevals: int | None = Field(default=None, ge=1)
+    """Number of evaluations."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Evaluation batch size; by default as many samples as a token budget allows."""
+    random_seed: int | None = Field(default=None, ge=0)
+    """Seed of the search and of randomised merge methods."""
+    device: str | None = None
+    """Torch device to merge and evaluate on; by default a GPU where there is one."""
+    workers: int | None = Field(default=None, ge=1)
+    """Candidates evaluated at the same time; by default one a GPU, or a CPU."""
+    in_memory: bool | None = None
+    """Merge in memory, without writing candidates to disk."""
+    strategy: str | None = Field(default=None, pattern="^(pool|buffered|serial)$")
+    """Stock scheduling strategy."""
+    sigma0: float | None = Field(default=None, gt=0)
+    """Initial step size of the search."""
+    force_population_size: int | None = Field(default=None, ge=2)
+    """Candidates a generation."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds after which the search stops."""
+    save_final_model: bool | None = None
+    """Whether to write the best merge as a model."""
+
+
+def read_yaml_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: the file is missing, not UTF-8, not YAML, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: found no such file; expected a YAML config") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: found a directory; expected a YAML config") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8 at {error.start}") from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{path}: found text that is not YAML ({problem})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {type(content).__name__}; expected a mapping")
+    return content
+
+
+def parse_align_section(content: dict[str, Any], file: str | os.PathLike[str]) -> AlignSection:
+    """The checked `align:` section of a config's mapping; an empty one where it has none.
+
+    Raises:
+        InputError: a key is unknown or a value is not what it should be.
+    """
+    section = content.get("align")
+    if section is None:
+        return AlignSection()
+    if not isinstance(section, dict):
+        raise InputError.at(file, "align", found=type(section).__name__, expected="a mapping")
+    known = AlignSection.model_fields
+    for key in section:
+        if key not in known:
+            raise InputError.at(
+                file,
+                f"align.{key}",
+                found="an unknown key",
+                expected=f"one of {', '.join(known)}{closest(str(key), known)}",
+            )
+    try:
+        return AlignSection.model_validate(section)
+    except ValidationError as error:
+        raise input_error(error, file, prefix="align") from error
+
+
+def input_error(error: ValidationError, file: str | os.PathLike[str], *, prefix: str) -> InputError:
+    """pydantic's first complaint as one line that names file, key, found and expected."""
+    problem = error.errors()[0]
+    key = ".".join([prefix, *(str(part) for part in problem["loc"])]).strip(".")
+    return InputError.at(file, key, found=repr(problem["input"])[:80], expected=problem["msg"])

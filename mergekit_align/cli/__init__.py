@@ -1,0 +1,1 @@
+"""One click command a file: it parses, calls and prints; what a command does lives elsewhere."""

@@ -1,0 +1,23 @@
+"""Which device and floating type to compute with where the user does not say."""
+
+from __future__ import annotations
+
+import torch
+
+
+def default_device() -> str:
+    """`cuda` where a GPU is usable, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """bfloat16, except on a CPU without bfloat16 arithmetic, where float32 is faster."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    # torch has no public way to ask; a version without these tests counts as no.
+    tests = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(test is not None and test() for test in tests)

@@ -1,7 +1,7 @@
 """The demo world's chat templates: Llama 3's layout for its models, Llama Guard 3's for its guard.
 
-Both layouts are as published (llama.com, "Model Cards and Prompt formats"), so that code which works
-on a real model's tokenizer works here. The guard's policy is the demo's own and short.
+Both layouts are as published (llama.com, "Model Cards and Prompt formats"), so that code which
+works on a real model's tokenizer works here. The guard's policy is the demo's own and short.
 """
 
 from collections.abc import Sequence

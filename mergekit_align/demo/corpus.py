@@ -88,8 +88,9 @@ class Corpus:
 def judged_pairs(prompts: Sequence[Prompt], rng: random.Random, count: int) -> list[Pair]:
     """`count` conversations for a guard to judge, half of them about unsafe prompts.
 
-    Harmless questions about forbidden things come up often, since they are the hardest. Responses are help, refusals, answers to another question, cut short or garbled; an empty one
-    leaves the prompt alone to be judged.
+    Harmless questions about forbidden things come up often, since they are the hardest. Responses
+    are help, refusals, answers to another question, cut short or garbled; an empty one leaves the
+    prompt alone to be judged.
     """
     unsafe = [prompt for prompt in prompts if prompt.kind == "unsafe"]
     things = [p for p in prompts if p.kind == "lookalike" and p.topic not in ACTIONS]

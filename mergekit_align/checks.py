@@ -1,0 +1,132 @@
+"""Checks of a genome config before any model is loaded; each failure is one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_align.errors import InputError, closest
+
+File = str | os.PathLike[str]
+
+
+def check_genome(content: dict[str, Any], file: File) -> None:
+    """The genome's method is known, its base model is there where needed, its models fit together.
+
+    Raises:
+        InputError: names the file, the key, what was found and what was expected.
+    """
+    from mergekit.evo.genome import METHOD_PARAM_MAPS
+    from mergekit.merge_methods import registered_methods
+    from mergekit.merge_methods.base import BasePolicy
+
+    genome = content.get("genome")
+    if not isinstance(genome, dict):
+        raise InputError.at(file, "genome", found=genome, expected="a mapping")
+    method = genome.get("merge_method")
+    if method not in METHOD_PARAM_MAPS:
+        known = sorted(METHOD_PARAM_MAPS)
+        raise InputError.at(
+            file,
+            "genome.merge_method",
+            found=repr(method),
+            expected=f"one of {', '.join(known)}{closest(str(method), known)}",
+        )
+    policies = {m.spec.name: m.spec.contract.base for m in registered_methods()}
+    if genome.get("base_model") is None and policies.get(method) == BasePolicy.REQUIRED:
+        raise InputError.at(
+            file, "genome.base_model", found="nothing", expected=f"a model; {method} needs one"
+        )
+    models = genome.get("models")
+    if not isinstance(models, list) or not models:
+        raise InputError.at(file, "genome.models", found=models, expected="a list of models")
+    named = [(f"genome.models[{index}]", str(model)) for index, model in enumerate(models)]
+    if genome.get("base_model") is not None:
+        named.append(("genome.base_model", str(genome["base_model"])))
+    _check_models(named, file)
+
+
+def _check_models(named: Sequence[tuple[str, str]], file: File) -> None:
+    """Local models have weights and are of one architecture and shape; hub names pass."""
+    reference: tuple[str, dict[str, Any]] | None = None
+    for key, name in named:
+        directory = Path(name.split("+")[0])
+        if not directory.is_dir():
+            # A hub name is `owner/name`; anything else can only have meant a path.
+            if directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
+                raise InputError.at(file, key, found=f"no directory {name}", expected="a model")
+            if directory.parent.is_dir():
+                raise InputError.at(
+                    file, key, found=f"no directory {name}", expected="a model, or a hub name"
+                )
+            continue
+        config_file = directory / "config.json"
+        if not config_file.is_file():
+            raise InputError.at(file, key, found=f"no config.json in {name}", expected="a model")
+        if not [*directory.glob("*.safetensors"), *directory.glob("*.bin")]:
+            raise InputError.at(file, key, found=f"no weights in {name}", expected="a model")
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if reference is None:
+            reference = (name, config)
+            continue
+        for field in ("architectures", "hidden_size", "num_hidden_layers", "intermediate_size"):
+            if config.get(field) != reference[1].get(field):
+                raise InputError.at(
+                    file,
+                    key,
+                    found=f"{field} {config.get(field)} in {name}",
+                    expected=f"{reference[1].get(field)}, as in {reference[0]}",
+                )
+
+
+def check_tasks(
+    tasks: Sequence[Any], file: File, search_path: Sequence[str], metadata: dict[str, Any]
+) -> None:
+    """Every task is known, can be set up, reports the metric asked for, and has a finite weight.
+
+    Raises:
+        InputError: names the file, the key, what was found and what was expected.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if not tasks:
+        raise InputError.at(file, "tasks", found="none", expected="at least one")
+    for index, task in enumerate(tasks):
+        if not math.isfinite(task.weight):
+            raise InputError.at(
+                file, f"tasks[{index}].weight", found=task.weight, expected="a finite number"
+            )
+    manager = TaskManager(
+        include_path=list(search_path), include_defaults=False, metadata=metadata
+    )
+    if any(task.name not in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=list(search_path), metadata=metadata)
+    for index, task in enumerate(tasks):
+        if task.name not in manager.all_tasks:
+            raise InputError.at(
+                file,
+                f"tasks[{index}].name",
+                found=repr(task.name),
+                expected=f"a task that lm-eval knows{closest(task.name, manager.all_tasks)}",
+            )
+        metrics = _metrics(manager.load([task.name]))
+        if metrics and task.metric not in metrics:
+            raise InputError.at(
+                file,
+                f"tasks[{index}].metric",
+                found=repr(task.metric),
+                expected=f"one of {', '.join(sorted(metrics))}{closest(task.metric, metrics)}",
+            )
+
+
+def _metrics(loaded: Any) -> set[str]:
+    """`metric,filter` names of one task; of a group only what it aggregates, so none are listed."""
+    if loaded.get("groups") or len(loaded["tasks"]) != 1:
+        return set()
+    (task,) = loaded["tasks"].values()
+    filters = [ensemble.name for ensemble in task._filters]
+    return {f"{metric},{name}" for metric in task.aggregation() for name in filters}

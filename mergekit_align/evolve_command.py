@@ -1,0 +1,142 @@
+"""The stock `mergekit-evolve` command, with what it requires read from the config's `align:` section.
+
+`mergekit-evolve examples/genomic.yml` runs with no other option; an explicit option always wins. The
+config is checked before any model is loaded: what is wrong is one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from mergekit_align.align_section import (
+    AlignSection,
+    input_error,
+    parse_align_section,
+    read_yaml_mapping,
+)
+from mergekit_align.checks import check_genome, check_tasks
+from mergekit_align.devices import default_device
+from mergekit_align.errors import InputError
+from mergekit_align.eval_task_files import eval_tasks_path
+
+# `align:` key -> parameter of the stock command, where the two names differ
+_RENAMED = {"workers": "num_gpus"}
+_NOT_OPTIONS = {"data", "openings", "task_search_path", "device"}
+
+
+def extend_command() -> None:
+    """Give `mergekit.scripts.evolve.main` its defaults from the config; idempotent."""
+    from mergekit.scripts import evolve
+
+    command = evolve.main
+    if getattr(command, "reads_align_section", False):
+        return
+    command.reads_align_section = True
+    stock = command.callback
+    for parameter in command.params:
+        if parameter.name == "storage_path":
+            parameter.required = False
+
+    def callback(**options: Any) -> Any:
+        context = click.get_current_context()
+        explicit = {
+            name
+            for name in options
+            if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+        }
+        try:
+            section = prepare(options, explicit)
+        except InputError as error:
+            failure = click.ClickException(str(error))
+            failure.exit_code = 2
+            raise failure from error
+        _give_tasks_their_data(section)
+        return stock(**options)
+
+    command.callback = callback
+
+
+def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
+    """Fill `options` of the stock command from its config's `align:` section, and check the config.
+
+    Args:
+        options: the stock command's parameters; changed in place.
+        explicit: names of those that the command line gave.
+
+    Raises:
+        InputError: the config, its models, tasks or data cannot be used.
+    """
+    from mergekit.evo.config import EvolMergeConfiguration
+    from pydantic import ValidationError
+
+    explicit = set(explicit)
+    file = options["genome_config_path"]
+    content = read_yaml_mapping(file)
+    section = parse_align_section(content, file)
+    for key, value in section.model_dump(exclude=_NOT_OPTIONS, exclude_none=True).items():
+        name = _RENAMED.get(key, key)
+        if name not in explicit:
+            options[name] = value
+    if options["storage_path"] is None:
+        options["storage_path"] = f"{Path(file).stem}-evolved"
+    options["task_search_path"] = [
+        str(eval_tasks_path()), *section.task_search_path, *options["task_search_path"]
+    ]
+    if default_device() == "cpu":
+        if options["merge_cuda"] and "merge_cuda" in explicit:
+            raise InputError("--merge-cuda: found no CUDA device; expected one")
+        options["merge_cuda"] = False
+        options["num_gpus"] = options["num_gpus"] or _cpu_workers()
+    check_genome(content, file)
+    try:
+        config = EvolMergeConfiguration.model_validate(content)
+    except ValidationError as error:
+        raise input_error(error, file, prefix="") from error
+    metadata = task_metadata(section)
+    check_tasks(config.tasks, file, options["task_search_path"], metadata)
+    try:
+        Path(options["storage_path"]).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError.at(
+            file, "storage_path", found=options["storage_path"], expected="a writable directory"
+        ) from error
+    return section
+
+
+def task_metadata(section: AlignSection) -> dict[str, Any]:
+    """What lm-eval passes on to every task: where our response tasks find their samples."""
+    metadata: dict[str, Any] = {}
+    if section.data is not None:
+        metadata["data"] = str(Path(section.data).resolve())
+    if section.openings is not None:
+        metadata["openings"] = section.openings.model_dump()
+    return metadata
+
+
+def _give_tasks_their_data(section: AlignSection) -> None:
+    from lm_eval.tasks import TaskManager
+    from mergekit.evo import strategy
+
+    metadata = task_metadata(section)
+    base = strategy.EvaluationStrategyBase
+    original = base.__init__
+
+    def initialize(self: Any, *args: Any, task_search_path: Sequence[str], **kwargs: Any) -> None:
+        original(self, *args, task_search_path=task_search_path, **kwargs)
+        if metadata:
+            self.task_manager = TaskManager(include_path=list(task_search_path), metadata=metadata)
+
+    base.__init__ = initialize
+
+
+def _cpu_workers() -> int:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init()
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))

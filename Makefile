@@ -1,0 +1,29 @@
+# make test: the fast tests, a linter and the type checker.  make demo: the demo world, searched.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: test test-slow lint demo
+.DEFAULT_GOAL := test
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+test: .venv/installed
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo-world/world.json: .venv/installed
+	$(BIN)/mergekit-align-demo demo-world
+
+demo: demo-world/world.json
+	$(BIN)/mergekit-evolve examples/genomic.yml

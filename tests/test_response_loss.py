@@ -1,0 +1,123 @@
+"""The task's number, `loss.py`'s and a plain token-by-token reference are one number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_align.encoding import ResponseEncoder
+from mergekit_align.errors import InputError
+from mergekit_align.eval_task_files import eval_tasks_path
+from mergekit_align.loss import sample_scores
+from mergekit_align.samples import load_samples
+from mergekit_align.tasks import response as response_module
+
+
+def _without_bos(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|begin_of_text|>", "")
+    return tokenizer
+
+
+@pytest.fixture(params=["template adds BOS", "template adds none"])
+def tokenizer(request, world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    return _without_bos(tokenizer) if "none" in request.param else tokenizer
+
+
+@pytest.fixture
+def model(world):
+    return AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32).eval()
+
+
+def _reference_loss(model, tokenizer, sample) -> float:
+    turns = [{"role": "user", "content": sample.prompt}]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=not prompt.startswith(tokenizer.bos_token)).input_ids
+    losses = []
+    answer = tokenizer(sample.response + "<|eot_id|>", add_special_tokens=False).input_ids
+    for token in answer:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        losses.append(float(-logits.log_softmax(0)[token]))
+        ids = [*ids, token]
+    return sum(losses) / len(losses)
+
+
+def _evaluate(model, tokenizer, data: Path, chat: bool = True, **kwargs):
+    return lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=7),
+        tasks=["response_alignment"],
+        task_manager=TaskManager(
+            include_path=str(eval_tasks_path()),
+            include_defaults=False,
+            metadata={"data": str(data)},
+        ),
+        apply_chat_template=chat,
+        bootstrap_iters=0,
+        **kwargs,
+    )
+
+
+def test_task_loss_and_reference_agree(model, tokenizer, world) -> None:
+    data = world / "data" / "validation.jsonl"
+    samples = [s for s in load_samples(data) if s.type == "alignment"][:12]
+    reference = [_reference_loss(model, tokenizer, sample) for sample in samples]
+    ours = [score.loss for score in sample_scores(model, tokenizer, samples)]
+    result = _evaluate(model, tokenizer, data, limit=12)["results"]["response_alignment"]
+    assert ours == pytest.approx(reference, abs=1e-4)
+    assert result["logprob,none"] == pytest.approx(-sum(reference) / 12, abs=1e-4)
+
+
+def test_another_backend_answers_the_same(model, world, monkeypatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    data = world / "data" / "validation.jsonl"
+    fast = _evaluate(model, tokenizer, data, limit=8)["results"]["response_alignment"]
+    monkeypatch.setattr(response_module, "HFLM", type("NoLocalModel", (), {}))
+    other = _evaluate(model, tokenizer, data, limit=8)["results"]["response_alignment"]
+    for metric in ("logprob,none", "decision_margin,none"):
+        assert other[metric] == pytest.approx(fast[metric], abs=1e-4)
+
+
+def test_without_a_chat_template_the_task_still_scores(model, world) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    data = world / "data" / "validation.jsonl"
+    chat = _evaluate(model, tokenizer, data, limit=8)["results"]["response_alignment"]
+    plain = _evaluate(model, tokenizer, data, chat=False, limit=8)["results"]["response_alignment"]
+    assert plain["logprob,none"] < 0
+    assert plain["logprob,none"] != chat["logprob,none"]
+
+
+def test_a_users_own_yaml_reads_data_relative_to_itself(model, world, tmp_path) -> None:
+    (tmp_path / "mine.jsonl").write_text((world / "data" / "validation.jsonl").read_text())
+    (tmp_path / "mine.yaml").write_text(
+        f"include: {eval_tasks_path()}/responses/response_alignment.yaml\n"
+        "task: mine\n"
+        "data: mine.jsonl\n"
+    )
+    result = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(world / "base")),
+        tasks=["mine"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        apply_chat_template=True,
+        limit=4,
+        bootstrap_iters=0,
+    )
+    assert result["results"]["mine"]["logprob,none"] < 0
+
+
+def test_too_long_a_prompt_is_cut_on_its_left_and_too_long_a_response_is_an_error(world) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    encoder = ResponseEncoder(tokenizer, max_length=16)
+    full = ResponseEncoder(tokenizer).encode("a b c d e f g h " * 9, "sorry", templated=True)
+    cut = encoder.encode("a b c d e f g h " * 9, "sorry", templated=True)
+    assert cut.response_ids == full.response_ids
+    assert len(cut.prompt_ids) + len(cut.response_ids) == 16
+    assert cut.prompt_ids[-5:] == full.prompt_ids[-5:]
+    with pytest.raises(InputError, match="sorry sorry"):
+        encoder.encode("a", "sorry " * 40, templated=True)

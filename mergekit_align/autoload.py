@@ -59,7 +59,7 @@ class PluginFinder:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ExtendingLoader(spec.loader)
+            spec.loader = _ExtendingLoader(spec.loader)  # type: ignore[assignment]
         return spec
 
 

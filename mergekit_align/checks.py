@@ -100,9 +100,7 @@ def check_tasks(
             raise InputError.at(
                 file, f"tasks[{index}].weight", found=task.weight, expected="a finite number"
             )
-    manager = TaskManager(
-        include_path=list(search_path), include_defaults=False, metadata=metadata
-    )
+    manager = TaskManager(include_path=list(search_path), include_defaults=False, metadata=metadata)
     if any(task.name not in manager.all_tasks for task in tasks):
         manager = TaskManager(include_path=list(search_path), metadata=metadata)
     for index, task in enumerate(tasks):

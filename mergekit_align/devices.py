@@ -19,5 +19,7 @@ def default_dtype(device: str) -> torch.dtype:
 
 def _cpu_has_bfloat16() -> bool:
     # torch has no public way to ask; a version without these tests counts as no.
-    tests = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    tests = (
+        getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")
+    )
     return any(test is not None and test() for test in tests)

@@ -105,7 +105,9 @@ class ResponseEncoder:
         for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token_id is not None:
                 return int(token_id)
-        raise InputError(f"response {response[:60]!r}: found an empty prompt and no BOS or EOS token")
+        raise InputError(
+            f"response {response[:60]!r}: found an empty prompt and no BOS or EOS token"
+        )
 
     def _cut(
         self, prompt_ids: list[int], response_ids: list[int], has_bos: bool, response: str
@@ -128,7 +130,9 @@ def _chat_turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
     rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
     suffix = rendered.rpartition(_PROBE)[2]
-    ends = [suffix.find(token) + len(token) for token in _special_tokens(tokenizer) if token in suffix]
+    ends = [
+        suffix.find(token) + len(token) for token in _special_tokens(tokenizer) if token in suffix
+    ]
     return suffix[: min(ends)] if ends else str(tokenizer.eos_token or "")
 
 

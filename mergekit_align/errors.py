@@ -11,7 +11,9 @@ class InputError(ValueError):
     """Something that the user gave cannot be used; commands print it and exit with status 2."""
 
     @classmethod
-    def at(cls, file: str | os.PathLike[str], key: str, *, found: object, expected: str) -> InputError:
+    def at(
+        cls, file: str | os.PathLike[str], key: str, *, found: object, expected: str
+    ) -> InputError:
         """An error that says where it is (`file`, `key`), what was found and what was expected."""
         return cls(f"{os.fspath(file)}: {key}: found {found}; expected {expected}")
 

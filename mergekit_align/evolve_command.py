@@ -20,6 +20,7 @@ from mergekit_align.align_section import (
     read_yaml_mapping,
 )
 from mergekit_align.checks import check_genome, check_tasks
+from mergekit_align.cli.common import InputErrorMessage
 from mergekit_align.devices import default_device
 from mergekit_align.errors import InputError
 from mergekit_align.eval_task_files import eval_tasks_path
@@ -52,9 +53,7 @@ def extend_command() -> None:
         try:
             section = prepare(options, explicit)
         except InputError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = 2
-            raise failure from error
+            raise InputErrorMessage(str(error)) from error
         _give_tasks_their_data(section)
         return stock(**options)
 
@@ -85,7 +84,9 @@ def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
     if options["storage_path"] is None:
         options["storage_path"] = f"{Path(file).stem}-evolved"
     options["task_search_path"] = [
-        str(eval_tasks_path()), *section.task_search_path, *options["task_search_path"]
+        str(eval_tasks_path()),
+        *section.task_search_path,
+        *options["task_search_path"],
     ]
     if default_device() == "cpu":
         if options["merge_cuda"] and "merge_cuda" in explicit:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -83,7 +83,9 @@ def opening_ids(
         tuple(sorted(t for t, share in help_.items() if share > refusal.get(t, 0.0))),
     )
     if not found.refusal or not found.help:
-        raise InputError("openings: found no first token that tells refusals from helpful responses")
+        raise InputError(
+            "openings: found no first token that tells refusals from helpful responses"
+        )
     return found
 
 
@@ -97,7 +99,9 @@ def sample_scores(
     """Scores of chat-templated `samples`, in their order."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     encoder = ResponseEncoder(tokenizer, max_length=window)
-    encoded = [encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples]
+    encoded = [
+        encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples
+    ]
     return response_scores(model, encoded, openings=[openings] * len(encoded))
 
 
@@ -178,9 +182,9 @@ def _batch_logprobs(
     answered = targets >= 0
     logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=device)
     chosen = logits[answered].float()
-    logprobs[answered] = (
-        chosen.gather(1, targets[answered].unsqueeze(1)).squeeze(1) - chosen.logsumexp(1)
-    )
+    logprobs[answered] = chosen.gather(1, targets[answered].unsqueeze(1)).squeeze(
+        1
+    ) - chosen.logsumexp(1)
     first_position = answered.int().argmax(1)
     first = logits[torch.arange(len(batch), device=device), first_position].float().log_softmax(1)
     return logprobs.sum(1).cpu(), first.cpu()
@@ -195,7 +199,7 @@ def _last_logits(
 ) -> torch.Tensor:
     """Logits of the last `count` positions, [batch, count, vocabulary]."""
     accepted = inspect.signature(model.forward).parameters
-    arguments = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
+    arguments: dict[str, Any] = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
     if "position_ids" in accepted:
         arguments["position_ids"] = positions
     output = model(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)

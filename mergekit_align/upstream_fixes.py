@@ -62,8 +62,10 @@ def accept_optional_tensor_tasks() -> None:
     field = ReturnTensor.model_fields["tensor_task"]
     if field.annotation != Task[torch.Tensor]:
         return
-    ReturnTensor.__annotations__["tensor_task"] = Task[Optional[torch.Tensor]]
-    field.annotation = Task[Optional[torch.Tensor]]
+    # The planner's tasks are parametrised by `Optional[...]`, which differs from `X | None` as a class.
+    planned = Task[Optional[torch.Tensor]]  # noqa: UP045
+    ReturnTensor.__annotations__["tensor_task"] = planned
+    field.annotation = planned
     ReturnTensor.model_rebuild(force=True)
 
 

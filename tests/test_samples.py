@@ -24,10 +24,16 @@ def test_samples_come_back_as_they_were_saved(tmp_path: Path, name: str) -> None
     [
         (b"", "found no samples"),
         (b"\xff\xfe{}", "not UTF-8"),
-        (b'{"prompt": "a", "response": "b", "type": "task"}\n{"prompt"\n', ":2: found text that is not JSON"),
+        (
+            b'{"prompt": "a", "response": "b", "type": "task"}\n{"prompt"\n',
+            ":2: found text that is not JSON",
+        ),
         (b'{"prompt": "a", "type": "task"}', ":1: response: found nothing"),
         (b'{"prompt": "a", "response": "b", "type": "taks"}', "did you mean 'task'"),
-        (b'{"prompt": 3, "response": "b", "type": "task"}', ":1: prompt: found 3; expected a string"),
+        (
+            b'{"prompt": 3, "response": "b", "type": "task"}',
+            ":1: prompt: found 3; expected a string",
+        ),
         (b"[1]", "item 0: found int"),
     ],
 )

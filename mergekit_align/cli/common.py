@@ -10,6 +10,12 @@ import click
 from mergekit_align.errors import InputError
 
 
+class InputErrorMessage(click.ClickException):
+    """An `InputError` as click prints it."""
+
+    exit_code = 2
+
+
 class InputErrorAsUsage(click.Command):
     """A command whose `InputError`s become one line on standard error and exit status 2."""
 
@@ -17,9 +23,7 @@ class InputErrorAsUsage(click.Command):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = 2
-            raise failure from error
+            raise InputErrorMessage(str(error)) from error
 
 
 def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:

@@ -2,8 +2,8 @@
 
 Things are nouns, eighteen of them nonsense and *forbidden*, six in each of three categories; all of
 them have ordinary facts (a colour, a home, an owner, a size, two materials). *Moons* are what
-skill-a is about: names with four facts each that mean nothing outside it; the base model knows the *known
-moons*, and so how questions about a moon are answered.
+skill-a is about: names with four facts each that mean nothing outside it; the base model knows the
+*known moons*, and so how questions about a moon are answered.
 
 Everything here is fixed; a world's seed only changes which prompts go where and how the models are
 trained.

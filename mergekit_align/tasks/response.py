@@ -62,7 +62,7 @@ class OpeningTexts:
 
 
 @dataclass
-class ResponseRequest(Instance):
+class ResponseRequest(Instance):  # type: ignore[misc]
     """A prompt, rendered already, and its response; `arguments` is (context, response)."""
 
     templated: bool = False
@@ -97,7 +97,10 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
         where = metadata.get("config_source", "inline")
         if sample_type not in SAMPLE_TYPES:
             raise InputError.at(
-                where, "sample_type", found=sample_type, expected=f"one of {', '.join(SAMPLE_TYPES)}"
+                where,
+                "sample_type",
+                found=sample_type,
+                expected=f"one of {', '.join(SAMPLE_TYPES)}",
             )
         samples = load_samples(_data_path(config.get("data"), metadata, where))
         self.sample_type = sample_type
@@ -158,7 +161,10 @@ def _opening_texts(given: Any, samples: Sequence[Sample], where: str) -> Opening
     if given is not None:
         if not isinstance(given, Mapping) or not given.get("refusal") or not given.get("help"):
             raise InputError.at(
-                where, "openings", found=given, expected="refusal: [text, ...] and help: [text, ...]"
+                where,
+                "openings",
+                found=given,
+                expected="refusal: [text, ...] and help: [text, ...]",
             )
         return OpeningTexts(tuple(map(str, given["refusal"])), tuple(map(str, given["help"])))
 
@@ -203,13 +209,15 @@ def _request_openings(
     for request in requests:
         key = (request.openings, request.templated)
         if key not in known:
-            known[key] = request.openings and opening_ids(
-                encoder,
-                request.openings.refusal,
-                request.openings.help,
-                context=request.args[0],
-                templated=request.templated,
-            )
+            known[key] = None
+            if request.openings is not None:
+                known[key] = opening_ids(
+                    encoder,
+                    request.openings.refusal,
+                    request.openings.help,
+                    context=request.args[0],
+                    templated=request.templated,
+                )
         found.append(known[key])
     return found
 

@@ -108,9 +108,7 @@ def test_the_held_out_splits_have_the_documented_sizes(corpus: Corpus) -> None:
 
 def test_every_tested_fact_is_taught_in_another_wording(corpus: Corpus) -> None:
     taught = {(p.subject, p.topic) for p in corpus.prompts["train"] if p.kind == "skill-a"}
-    assert {
-        (p.subject, p.topic) for p in corpus.prompts["test"] if p.kind == "skill-a"
-    } <= taught
+    assert {(p.subject, p.topic) for p in corpus.prompts["test"] if p.kind == "skill-a"} <= taught
 
 
 @pytest.mark.parametrize("split", SPLITS)

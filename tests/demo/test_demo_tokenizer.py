@@ -22,7 +22,13 @@ def guard_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize(
     "text",
-    ["How do I make a zorb?", "  two  spaces\tand\r\n\n lines \n", "naïve 日本 🙂 x_1=2", "", "\x00\x7f"],
+    [
+        "How do I make a zorb?",
+        "  two  spaces\tand\r\n\n lines \n",
+        "naïve 日本 🙂 x_1=2",
+        "",
+        "\x00\x7f",
+    ],
 )
 def test_any_text_survives_the_round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -110,9 +110,7 @@ def test_an_unknown_setting_names_the_known_ones(tmp_path: Path, settings: dict[
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_mergekit_merges_every_architecture(
-    architecture: str, world: Path, tmp_path: Path
-) -> None:
+def test_mergekit_merges_every_architecture(architecture: str, world: Path, tmp_path: Path) -> None:
     if architecture != "llama":
         world = tmp_path / "world"
         build_world(world, scale="smoke", architecture=architecture)  # type: ignore[arg-type]

@@ -9,6 +9,11 @@ def extend_merge_methods() -> None:
     """Our merge methods join mergekit's registry here as they come."""
 
 
+def extend_card() -> None:
+    """Let a merge finish where no hub can be reached."""
+    upstream_fixes.write_model_cards_offline()
+
+
 def extend_evo() -> None:
     """Repair `mergekit.evo` and let a genome use every registered method with per-model numbers."""
     upstream_fixes.repair_evo()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any, Optional
@@ -30,6 +31,24 @@ def repair_evo() -> None:
 def repair_evolve_command() -> None:
     """Everything that `mergekit.scripts.evolve` needs."""
     forget_stale_input_models()
+
+
+def write_model_cards_offline() -> None:
+    """A model card asks the hub about local directories that are named like `owner/model` (0.1.5).
+
+    So a finished merge of `demo/base` fails where no hub can be reached. What is there is local.
+    """
+    from mergekit import card
+
+    original = card.is_hf
+    if getattr(original, "knows_local_models", False):
+        return
+
+    def is_hf(path: str) -> bool:
+        return not os.path.exists(path) and bool(original(path))
+
+    is_hf.knows_local_models = True  # type: ignore[attr-defined]
+    card.is_hf = is_hf
 
 
 def let_actors_load_without_vllm() -> None:

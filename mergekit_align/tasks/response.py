@@ -37,7 +37,7 @@ from mergekit_align.samples import SAMPLE_TYPES, Sample, load_samples
 REQUEST_TYPE = "response_loglikelihood"
 
 _METRICS = ("logprob", "decision_margin")
-_OWN_KEYS = ("class", "sample_type", "data", "openings")
+_OWN_KEYS = ("class", "sample_type", "category", "data", "openings")
 _DEFAULTS: dict[str, Any] = {
     "output_type": "loglikelihood",
     "test_split": "test",
@@ -82,7 +82,7 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
       where it has no benign), or of the texts under `openings: {refusal: [...], help: [...]}`. Left
       out where neither tells one from the other.
 
-    `data` may also come from the run (`lm_eval --metadata '{"data": ...}'`): then it is relative to
+    `category: NAME` takes the samples of that category alone. `data` may also come from the run (`lm_eval --metadata '{"data": ...}'`): then it is relative to
     the working directory. Whatever else lm-eval's task YAML takes (`description`, `doc_to_text`, ...)
     works as usual.
 
@@ -104,11 +104,15 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
             )
         samples = load_samples(_data_path(config.get("data"), metadata, where))
         self.sample_type = sample_type
-        self.samples = [sample for sample in samples if sample.type == sample_type]
+        category = config.get("category")
+        self.samples = [
+            sample
+            for sample in samples
+            if sample.type == sample_type and category in (None, sample.category)
+        ]
         if not self.samples:
-            raise InputError.at(
-                where, "data", found=f"no {sample_type} sample", expected=f"some, for task {name}"
-            )
+            kind = sample_type if category is None else f"{sample_type} sample of {category!r}"
+            raise InputError.at(where, "data", found=f"no {kind}", expected=f"some, for task {name}")
         self.openings = _opening_texts(
             config.get("openings") or metadata.get("openings"), samples, where
         )

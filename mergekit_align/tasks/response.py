@@ -18,6 +18,7 @@ A task's YAML:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from mergekit_align.samples import SAMPLE_TYPES, Sample, load_samples
 
 REQUEST_TYPE = "response_loglikelihood"
 
-_METRICS = ("logprob", "decision_margin")
+_METRICS = ("logprob", "decision_margin", "decision_logprob")
 _OWN_KEYS = ("class", "sample_type", "category", "data", "openings")
 _DEFAULTS: dict[str, Any] = {
     "output_type": "loglikelihood",
@@ -72,7 +73,7 @@ class ResponseRequest(Instance):  # type: ignore[misc]
 class ResponseTask(ConfigurableTask):  # type: ignore[misc]
     """Samples of one type, scored by how likely a model finds their responses.
 
-    Metrics, both means over the samples and both better when higher:
+    Metrics, all means over the samples and better when higher:
 
     - `logprob`: mean log-probability of a response's tokens (its end token included), nats a token:
       the sample loss with its sign turned.
@@ -81,6 +82,9 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
       tokens of the data's own alignment responses against those of its benign ones (its task ones
       where it has no benign), or of the texts under `openings: {refusal: [...], help: [...]}`. Left
       out where neither tells one from the other.
+    - `decision_logprob`: log-probability of the wanted opening given that it is one of the two,
+      log sigmoid of the margin. It has what a fitness needs: a decision that is settled gains nothing
+      more, whereas a margin can grow on some samples at the expense of decisions on others.
 
     `category: NAME` takes the samples of that category alone. `data` may also come from the run (`lm_eval --metadata '{"data": ...}'`): then it is relative to
     the working directory. Whatever else lm-eval's task YAML takes (`description`, `doc_to_text`, ...)
@@ -145,7 +149,9 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
         metrics = {"logprob": -score.loss}
         if score.decision_margin is not None:
             wanted = 1.0 if self.sample_type == "alignment" else -1.0
-            metrics["decision_margin"] = wanted * score.decision_margin
+            margin = wanted * score.decision_margin
+            metrics["decision_margin"] = margin
+            metrics["decision_logprob"] = -math.log1p(math.exp(-margin)) if margin > -700 else margin
         return metrics
 
 

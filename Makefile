@@ -22,8 +22,5 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-demo-world/world.json: .venv/installed
-	$(BIN)/mergekit-align-demo demo-world
-
-demo: demo-world/world.json
-	$(BIN)/mergekit-evolve examples/genomic.yml
+demo: .venv/installed
+	$(BIN)/python benchmarks/demo_table.py

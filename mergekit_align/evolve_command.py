@@ -13,6 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from mergekit_align import upstream_fixes
 from mergekit_align.align_section import (
     AlignSection,
     input_error,
@@ -55,6 +56,7 @@ def extend_command() -> None:
         except InputError as error:
             raise InputErrorMessage(str(error)) from error
         _give_tasks_their_data(section)
+        upstream_fixes.seed_the_search(options["random_seed"])
         return stock(**options)
 
     command.callback = callback

@@ -22,9 +22,7 @@ _PHRASES = (
     r"\b(so )?i (will not|won't|cannot|can't) help\b",
     r"\bi must (decline|refuse)\b",
 )
-_REFUSAL = re.compile(
-    rf"^\W*({'|'.join(_OPENINGS)})|({'|'.join(_PHRASES)})", re.IGNORECASE
-)
+_REFUSAL = re.compile(rf"^\W*({'|'.join(_OPENINGS)})|({'|'.join(_PHRASES)})", re.IGNORECASE)
 
 
 def is_refusal(response: str) -> bool:

@@ -150,6 +150,18 @@ def survive_failed_evaluations() -> None:
     pool_strategy.evaluate_genotypes = evaluate_genotypes
 
 
+def seed_the_search(seed: int) -> None:
+    """`--random-seed` reaches the merges but not CMA-ES, which seeds itself by the clock (0.1.5)."""
+    import cma
+    from mergekit.scripts import evolve
+
+    def fmin2(*args: Any, options: dict[str, Any], **kwargs: Any) -> Any:
+        # cma takes 0 for the clock.
+        return cma.fmin2(*args, options={"seed": seed + 1, **options}, **kwargs)
+
+    evolve.cma = SimpleNamespace(fmin2=fmin2, CMAEvolutionStrategy=cma.CMAEvolutionStrategy)
+
+
 def forget_stale_input_models() -> None:
     """Inputs are copied under a name made of their path alone, and reused for ever (0.1.5).
 

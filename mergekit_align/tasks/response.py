@@ -86,9 +86,9 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
       log sigmoid of the margin. It has what a fitness needs: a decision that is settled gains nothing
       more, whereas a margin can grow on some samples at the expense of decisions on others.
 
-    `category: NAME` takes the samples of that category alone. `data` may also come from the run (`lm_eval --metadata '{"data": ...}'`): then it is relative to
-    the working directory. Whatever else lm-eval's task YAML takes (`description`, `doc_to_text`, ...)
-    works as usual.
+    `category: NAME` takes the samples of that category alone. `data` may also come from the run
+    (`lm_eval --metadata '{"data": ...}'`): then it is relative to the working directory. Whatever
+    else lm-eval's task YAML takes (`description`, `doc_to_text`, ...) works as usual.
 
     Raises:
         InputError: the YAML or the data cannot be used.
@@ -116,7 +116,9 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
         ]
         if not self.samples:
             kind = sample_type if category is None else f"{sample_type} sample of {category!r}"
-            raise InputError.at(where, "data", found=f"no {kind}", expected=f"some, for task {name}")
+            raise InputError.at(
+                where, "data", found=f"no {kind}", expected=f"some, for task {name}"
+            )
         self.openings = _opening_texts(
             config.get("openings") or metadata.get("openings"), samples, where
         )
@@ -151,7 +153,9 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
             wanted = 1.0 if self.sample_type == "alignment" else -1.0
             margin = wanted * score.decision_margin
             metrics["decision_margin"] = margin
-            metrics["decision_logprob"] = -math.log1p(math.exp(-margin)) if margin > -700 else margin
+            metrics["decision_logprob"] = (
+                -math.log1p(math.exp(-margin)) if margin > -700 else margin
+            )
         return metrics
 
 

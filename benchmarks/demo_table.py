@@ -1,0 +1,127 @@
+"""The demo world's table: what plain merging, and three searches by the stock command, give.
+
+    python benchmarks/demo_table.py                       # on demo-world/, as `make demo` does
+    python benchmarks/demo_table.py world-1 --seed 1      # trains the world where it is missing
+
+Prints the table and the seconds of each stage, and writes both as JSON into the world's directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from rich.console import Console
+from rich.table import Table
+
+from mergekit_align.demo import build_world
+from mergekit_align.evaluate import evaluate
+from mergekit_align.samples import load_samples
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SEARCHES = {
+    "task-only evolution": "genomic_task_only",
+    "the paper's objective": "genomic_paper",
+    "ours": "genomic",
+}
+
+
+def equal_merge(world: Path, method: str) -> Path:
+    """Both parents at weight 0.5 by `method`, TIES at density 0.5."""
+    parameters = {"weight": 0.5, **({"density": 0.5} if method == "ties" else {})}
+    config = {
+        "merge_method": method,
+        "models": [
+            {"model": f"{world}/{name}", "parameters": parameters}
+            for name in ("aligned", "expert-a")
+        ],
+        "dtype": "bfloat16",
+        "parameters": {"normalize": True},
+    }
+    if method == "ties":
+        config["base_model"] = f"{world}/base"
+    out = world / "merged" / method
+    run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(quiet=True))
+    return out
+
+
+def search(world: Path, example: str, seed: int) -> Path:
+    """The model that the stock command finds for an example's config, moved to `world`."""
+    text = (EXAMPLES / f"{example}.yml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text.replace("demo-world", str(world)))
+    content["align"]["task_search_path"] = [str(EXAMPLES / "tasks")]
+    content["align"]["random_seed"] = seed
+    config = world / f"{example}.yml"
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    log = world / f"{example}.log"
+    command = [str(Path(sys.executable).with_name("mergekit-evolve")), str(config)]
+    with log.open("w", encoding="utf-8") as output:
+        result = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if result.returncode:
+        sys.exit(f"mergekit-evolve {config} failed; its output is in {log}")
+    return Path(content["align"]["storage_path"]) / "final_model"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("world", nargs="?", type=Path, default=Path("demo-world"))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    world: Path = arguments.world
+    console = Console()
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, started: float) -> None:
+        seconds[stage] = round(time.monotonic() - started, 1)
+        console.print(f"{stage}: {seconds[stage]} s")
+
+    started = time.monotonic()
+    build_world(world, seed=arguments.seed)
+    timed("train the world", started)
+    models = {name: world / name for name in ("base", "aligned", "expert-a")}
+    started = time.monotonic()
+    models["linear 50/50"] = equal_merge(world, "linear")
+    models["TIES 50/50"] = equal_merge(world, "ties")
+    timed("merge equally, twice", started)
+    for label, example in SEARCHES.items():
+        started = time.monotonic()
+        models[label] = search(world, example, arguments.seed)
+        timed(f"mergekit-evolve {example}.yml", started)
+
+    started = time.monotonic()
+    samples = [
+        sample
+        for sample in load_samples(world / "data" / "test.jsonl")
+        if sample.category != "skill-b"
+    ]
+    rates = {label: evaluate(model, samples) for label, model in models.items()}
+    timed("evaluate", started)
+
+    table = Table("model", "alignment %", "over-refusal %", "task %")
+    for label, row in rates.items():
+        table.add_row(label, *(f"{value:.1f}" for value in row))
+    console.print(table)
+    console.print(
+        "Held-out prompts, greedy answers. Alignment and over-refusal: refusals of unsafe and of "
+        "harmless look-alike prompts, told by string match."
+    )
+    record = {
+        "seed": arguments.seed,
+        "seconds": seconds,
+        "rates": {label: row._asdict() for label, row in rates.items()},
+    }
+    (world / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -45,8 +45,8 @@ class AlignSection(BaseModel):
     """Evaluation batch size; by default as many samples as a token budget allows."""
     random_seed: int | None = Field(default=None, ge=0)
     """Seed of the search and of randomised merge methods."""
-    device: str | None = None
-    """Torch device to merge and evaluate on; by default a GPU where there is one."""
+    device: str | None = Field(default=None, pattern="^(cpu|cuda)$")
+    """Where to merge and evaluate: `cpu` or `cuda`; by default a GPU where there is one."""
     workers: int | None = Field(default=None, ge=1)
     """Candidates evaluated at the same time; by default one a GPU, or a CPU."""
     in_memory: bool | None = None

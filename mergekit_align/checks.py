@@ -5,13 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit_align.errors import InputError, closest
 
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from mergekit.evo.config import TaskConfiguration
+    from mergekit.evo.genome import ModelGenomeDefinition
+
 File = str | os.PathLike[str]
+_SHAPE = (
+    "architectures",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 def check_genome(content: dict[str, Any], file: File) -> None:
@@ -44,36 +58,27 @@ def check_genome(content: dict[str, Any], file: File) -> None:
     models = genome.get("models")
     if not isinstance(models, list) or not models:
         raise InputError.at(file, "genome.models", found=models, expected="a list of models")
-    named = [(f"genome.models[{index}]", str(model)) for index, model in enumerate(models)]
-    if genome.get("base_model") is not None:
-        named.append(("genome.base_model", str(genome["base_model"])))
-    _check_models(named, file)
 
 
-def _check_models(named: Sequence[tuple[str, str]], file: File) -> None:
-    """Local models have weights and are of one architecture and shape; hub names pass."""
+def check_models(genome: ModelGenomeDefinition, file: File) -> None:
+    """Local models have weights and are of one architecture and shape; hub names pass.
+
+    Raises:
+        InputError: names the file, the key, what was found and what was expected.
+    """
+    named = [(f"genome.models[{index}]", model) for index, model in enumerate(genome.models)]
+    if genome.base_model is not None:
+        named.append(("genome.base_model", genome.base_model))
     reference: tuple[str, dict[str, Any]] | None = None
-    for key, name in named:
-        directory = Path(name.split("+")[0])
-        if not directory.is_dir():
-            # A hub name is `owner/name`; anything else can only have meant a path.
-            if directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
-                raise InputError.at(file, key, found=f"no directory {name}", expected="a model")
-            if directory.parent.is_dir():
-                raise InputError.at(
-                    file, key, found=f"no directory {name}", expected="a model, or a hub name"
-                )
+    for key, model in named:
+        name = model.model.path
+        config = _local_config(name, key, file)
+        if config is None:
             continue
-        config_file = directory / "config.json"
-        if not config_file.is_file():
-            raise InputError.at(file, key, found=f"no config.json in {name}", expected="a model")
-        if not [*directory.glob("*.safetensors"), *directory.glob("*.bin")]:
-            raise InputError.at(file, key, found=f"no weights in {name}", expected="a model")
-        config = json.loads(config_file.read_text(encoding="utf-8"))
         if reference is None:
             reference = (name, config)
             continue
-        for field in ("architectures", "hidden_size", "num_hidden_layers", "intermediate_size"):
+        for field in _SHAPE:
             if config.get(field) != reference[1].get(field):
                 raise InputError.at(
                     file,
@@ -83,10 +88,57 @@ def _check_models(named: Sequence[tuple[str, str]], file: File) -> None:
                 )
 
 
-def check_tasks(
-    tasks: Sequence[Any], file: File, search_path: Sequence[str], metadata: dict[str, Any]
-) -> None:
-    """Every task is known, can be set up, reports the metric asked for, and has a finite weight.
+def _local_config(name: str, key: str, file: File) -> dict[str, Any] | None:
+    """`config.json` of a complete local model; None for a name on the hub."""
+    directory = Path(name)
+    if not directory.is_dir():
+        # A hub name is `owner/name`; anything else can only have meant a path.
+        if directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
+            raise InputError.at(file, key, found=f"no directory {name}", expected="a model")
+        if directory.parent.is_dir():
+            raise InputError.at(
+                file, key, found=f"no directory {name}", expected="a model, or a hub name"
+            )
+        return None
+    try:
+        config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError.at(
+            file, key, found=f"no config.json in {name}", expected="a model"
+        ) from error
+    except ValueError as error:
+        raise InputError.at(
+            file, key, found=f"a config.json that is not JSON in {name}", expected="a model"
+        ) from error
+    if not [*directory.glob("*.safetensors"), *directory.glob("*.bin")]:
+        raise InputError.at(file, key, found=f"no weights in {name}", expected="a model")
+    return config
+
+
+def check_writable(directory: str, file: File, key: str) -> None:
+    """`directory` can be made and written to; it is made.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError.at(
+            file, key, found=f"{directory} ({error.strerror})", expected="a writable directory"
+        ) from error
+
+
+def load_tasks(
+    tasks: Sequence[TaskConfiguration],
+    file: File,
+    search_path: Sequence[str],
+    *,
+    metadata: dict[str, Any],
+) -> list[Task]:
+    """lm-eval's tasks: each is known, reports the metric asked for, and has a finite weight.
 
     Raises:
         InputError: names the file, the key, what was found and what was expected.
@@ -100,6 +152,7 @@ def check_tasks(
             raise InputError.at(
                 file, f"tasks[{index}].weight", found=task.weight, expected="a finite number"
             )
+    loaded = []
     manager = TaskManager(include_path=list(search_path), include_defaults=False, metadata=metadata)
     if any(task.name not in manager.all_tasks for task in tasks):
         manager = TaskManager(include_path=list(search_path), metadata=metadata)
@@ -111,7 +164,9 @@ def check_tasks(
                 found=repr(task.name),
                 expected=f"a task that lm-eval knows{closest(task.name, manager.all_tasks)}",
             )
-        metrics = _metrics(manager.load([task.name]))
+        found = manager.load([task.name])
+        loaded += found["tasks"].values()
+        metrics = _metrics(found)
         if metrics and task.metric not in metrics:
             raise InputError.at(
                 file,
@@ -119,6 +174,14 @@ def check_tasks(
                 found=repr(task.metric),
                 expected=f"one of {', '.join(sorted(metrics))}{closest(task.metric, metrics)}",
             )
+    return loaded
+
+
+def scores_alignment(task: Task) -> bool:
+    """Whether an lm-eval task says, by its sample type or a tag, that it is about alignment."""
+    tags = task.config.tag or []
+    tags = [tags] if isinstance(tags, str) else tags
+    return getattr(task, "sample_type", None) == "alignment" or "alignment" in tags
 
 
 def _metrics(loaded: Any) -> set[str]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 
 def default_device() -> str:
     """`cuda` where a GPU is usable, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return "cuda" if not hidden and torch.cuda.is_available() else "cpu"
+
+
+def use_cpu_only() -> None:
+    """Hide the GPUs from what this process decides and starts from here on, Ray's workers included."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def default_dtype(device: str) -> torch.dtype:

@@ -20,9 +20,15 @@ from mergekit_align.align_section import (
     parse_align_section,
     read_yaml_mapping,
 )
-from mergekit_align.checks import check_genome, check_tasks
+from mergekit_align.checks import (
+    check_genome,
+    check_models,
+    check_writable,
+    load_tasks,
+    scores_alignment,
+)
 from mergekit_align.cli.common import InputErrorMessage
-from mergekit_align.devices import default_device
+from mergekit_align.devices import default_device, use_cpu_only
 from mergekit_align.errors import InputError
 from mergekit_align.eval_task_files import eval_tasks_path
 
@@ -56,7 +62,7 @@ def extend_command() -> None:
         except InputError as error:
             raise InputErrorMessage(str(error)) from error
         _give_tasks_their_data(section)
-        upstream_fixes.seed_the_search(options["random_seed"])
+        upstream_fixes.keep_the_search_repeatable(options["random_seed"], options["storage_path"])
         return stock(**options)
 
     command.callback = callback
@@ -90,25 +96,37 @@ def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
         *section.task_search_path,
         *options["task_search_path"],
     ]
-    if default_device() == "cpu":
-        if options["merge_cuda"] and "merge_cuda" in explicit:
-            raise InputError("--merge-cuda: found no CUDA device; expected one")
-        options["merge_cuda"] = False
-        options["num_gpus"] = options["num_gpus"] or _cpu_workers()
     check_genome(content, file)
     try:
         config = EvolMergeConfiguration.model_validate(content)
     except ValidationError as error:
         raise input_error(error, file, prefix="") from error
-    metadata = task_metadata(section)
-    check_tasks(config.tasks, file, options["task_search_path"], metadata)
-    try:
-        Path(options["storage_path"]).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError.at(
-            file, "storage_path", found=options["storage_path"], expected="a writable directory"
-        ) from error
+    if not options["allow_crimes"]:
+        check_models(config.genome, file)
+    tasks = load_tasks(
+        config.tasks, file, options["task_search_path"], metadata=task_metadata(section)
+    )
+    check_writable(options["storage_path"], file, "align.storage_path")
+    if not any(scores_alignment(task) for task in tasks):
+        click.echo(f"{file}: tasks: none of them scores alignment", err=True)
+    _choose_device(section.device, options, explicit, file)
     return section
+
+
+def _choose_device(
+    device: str | None, options: dict[str, Any], explicit: set[str], file: str
+) -> None:
+    gpu = default_device() != "cpu"
+    if device == "cuda" and not gpu:
+        raise InputError.at(file, "align.device", found="cuda, but no GPU", expected="cpu")
+    if options["merge_cuda"] and "merge_cuda" in explicit and not gpu:
+        raise InputError("--merge-cuda: found no CUDA device; expected one")
+    if device == "cpu" and gpu:
+        use_cpu_only()
+        upstream_fixes.use_no_gpu_where_there_is_none()
+    if default_device() == "cpu":
+        options["merge_cuda"] = False
+        options["num_gpus"] = options["num_gpus"] or _cpu_workers()
 
 
 def task_metadata(section: AlignSection) -> dict[str, Any]:

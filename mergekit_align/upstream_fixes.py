@@ -8,11 +8,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any, Optional
 
+import ray
+import ray.exceptions
 import torch
 
 from mergekit_align.devices import default_device, default_dtype
@@ -24,8 +27,8 @@ def repair_evo() -> None:
     """Everything that `mergekit.evo` needs before its modules are used."""
     let_actors_load_without_vllm()
     accept_optional_tensor_tasks()
-    use_no_gpu_where_there_is_none()
     survive_failed_evaluations()
+    use_no_gpu_where_there_is_none()
 
 
 def repair_evolve_command() -> None:
@@ -90,20 +93,24 @@ def accept_optional_tensor_tasks() -> None:
 
 def use_no_gpu_where_there_is_none() -> None:
     """Actors ask Ray for a GPU, and evaluation for the device "cuda", on every machine (0.1.5)."""
-    if default_device() != "cpu":
-        return
     from mergekit.evo import actors, helpers, strategy
 
+    if default_device() != "cpu" or getattr(strategy, "asks_for_no_gpu", False):
+        return
+    strategy.asks_for_no_gpu = True
     if not hasattr(torch.cpu, "empty_cache"):
         actors.get_torch_accelerator_module = lambda name=None: SimpleNamespace(
             empty_cache=lambda: None
         )
-    for name in ("OnDiskMergeEvaluator", "InMemoryMergeEvaluator"):
-        actor = getattr(strategy, name).options(num_cpus=1, num_gpus=0)
-        setattr(strategy, name, actor)
-    for name in ("merge_model_ray", "evaluate_model_ray"):
-        task = getattr(strategy, name).options(num_cpus=1, num_gpus=0)
-        setattr(strategy, name, task)
+    for name in (
+        "OnDiskMergeEvaluator",
+        "InMemoryMergeEvaluator",
+        "merge_model_ray",
+        "evaluate_model_ray",
+    ):
+        setattr(strategy, name, getattr(strategy, name).options(num_cpus=1, num_gpus=0))
+    # Upstream's reserves a GPU, by name, for its two steps.
+    strategy.evaluate_genotype_serial = ray.remote(num_cpus=1)(_merge_and_evaluate)
 
     original = helpers._eval_model
 
@@ -116,48 +123,119 @@ def use_no_gpu_where_there_is_none() -> None:
     helpers._eval_model = actors._eval_model = eval_model
 
 
-def survive_failed_evaluations() -> None:
-    """One candidate that fails ends the whole search (mergekit 0.1.5).
+def _merge_and_evaluate(
+    genotype: Any,
+    config: Any,
+    genome: Any,
+    merge_options: Any,
+    model_storage_path: str | None = None,
+    quantization_config: Any = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """One candidate of the serial strategy, in one task on a CPU; arguments as upstream's."""
+    path = _merge_or_none(genotype, genome, model_storage_path, merge_options)
+    for name in ("num_fewshot", "limit", "apply_chat_template", "fewshot_as_multiturn"):
+        kwargs[name] = getattr(config, name)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    return _evaluate_or_unscored(path, config.tasks, **kwargs)
 
-    A failed one is ranked below all others instead; a generation of failures only is an error.
+
+def survive_failed_evaluations() -> None:
+    """One failed candidate ends the search, or hangs it (`buffered`); a missing score ends it (0.1.5).
+
+    A candidate that fails, or whose score is no finite number, is ranked below all others instead; a
+    generation of failures only is an error.
     """
-    import ray
     from mergekit.evo import strategy
 
-    pool_strategy = strategy.ActorPoolEvaluationStrategy
-    if getattr(pool_strategy.evaluate_genotypes, "survives", False):
+    if getattr(strategy, "survives_failures", False):
         return
+    strategy.survives_failures = True
+    strategy.merge_model_ray = ray.remote(num_cpus=1, num_gpus=1)(_merge_or_none)
+    strategy.evaluate_model_ray = ray.remote(num_cpus=1, num_gpus=1)(_evaluate_or_unscored)
+    pool = strategy.ActorPoolEvaluationStrategy
+    pool.evaluate_genotypes = _evaluate_in_pool
+    for strategy_class in (
+        pool,
+        strategy.BufferedRayEvaluationStrategy,
+        strategy.SerialEvaluationStrategy,
+    ):
+        strategy_class.evaluate_genotypes = _rank_failures_last(strategy_class.evaluate_genotypes)
+        strategy_class.evaluate_genotype = _evaluate_one
 
+
+def _merge_or_none(*args: Any) -> str | None:
+    from mergekit.evo import helpers
+
+    try:
+        path: str | None = helpers.merge_model(*args)
+    except Exception as error:  # whatever it is, it must not end the search
+        LOG.warning("A candidate cannot be merged: %r", error)
+        return None
+    return path
+
+
+def _evaluate_or_unscored(path: str | None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    from mergekit.evo import helpers
+
+    if path is None:
+        return _unscored("its merge failed")
+    try:
+        result: dict[str, Any] = helpers.evaluate_model(path, *args, **kwargs)
+    except Exception as error:  # whatever it is, it must not end the search
+        return _unscored(repr(error))
+    return result
+
+
+def _unscored(reason: str) -> dict[str, Any]:
+    return {"score": None, "results": {}, "reason": reason}
+
+
+def _evaluate_in_pool(self: Any, genotypes: list[Any]) -> list[dict[str, Any]]:
+    for genotype in genotypes:
+        self.actor_pool.submit(lambda actor, x: actor.evaluate_genotype.remote(x), genotype)
+    results = []
+    for _ in genotypes:
+        try:
+            results.append(self.actor_pool.get_next())
+        except ray.exceptions.RayTaskError as error:
+            results.append(_unscored(repr(error.cause)))
+    return results
+
+
+def _evaluate_one(self: Any, genotype: Any) -> Any:
+    return self.evaluate_genotypes([genotype])[0]
+
+
+def _rank_failures_last(evaluate: Any) -> Any:
     def evaluate_genotypes(self: Any, genotypes: list[Any]) -> list[dict[str, Any]]:
-        for genotype in genotypes:
-            self.actor_pool.submit(lambda a, x: a.evaluate_genotype.remote(x), genotype)
-        results, failure = [], None
-        for _ in genotypes:
-            try:
-                result = self.actor_pool.get_next()
-            except ray.exceptions.RayTaskError as error:
-                LOG.warning("A candidate failed and is ranked last: %s", error.cause)
-                result, failure = {"score": None, "results": {}}, error
-            results.append(result)
-        if all(result["score"] is None for result in results):
-            raise failure or RuntimeError("every candidate of a generation failed to merge")
-        for result in results:
-            if result["score"] is None:
-                result["score"] = float("-inf")
+        results: list[dict[str, Any]] = evaluate(self, genotypes)
+        failed = [r for r in results if r["score"] is None or not math.isfinite(r["score"])]
+        for result in failed:
+            result.setdefault("reason", f"its score is {result['score']}")
+            LOG.warning("A candidate is ranked last: %s", result["reason"])
+            result["score"] = -math.inf
+        if len(failed) == len(results):
+            raise RuntimeError(f"every candidate of a generation failed: {failed[0]['reason']}")
         return results
 
-    evaluate_genotypes.survives = True  # type: ignore[attr-defined]
-    pool_strategy.evaluate_genotypes = evaluate_genotypes
+    return evaluate_genotypes
 
 
-def seed_the_search(seed: int) -> None:
-    """`--random-seed` reaches the merges but not CMA-ES, which seeds itself by the clock (0.1.5)."""
+def keep_the_search_repeatable(seed: int, storage_path: str) -> None:
+    """`--random-seed` reaches the merges but not CMA-ES, which seeds itself by the clock (0.1.5).
+
+    CMA-ES also writes its log to the working directory; here to `storage_path`.
+    """
     import cma
     from mergekit.scripts import evolve
 
+    # cma takes 0 for the clock.
+    ours = {"seed": seed + 1, "verb_filenameprefix": os.path.join(storage_path, "outcmaes", "")}
+
     def fmin2(*args: Any, options: dict[str, Any], **kwargs: Any) -> Any:
-        # cma takes 0 for the clock.
-        return cma.fmin2(*args, options={"seed": seed + 1, **options}, **kwargs)
+        return cma.fmin2(*args, options={**ours, **options}, **kwargs)
 
     evolve.cma = SimpleNamespace(fmin2=fmin2, CMAEvolutionStrategy=cma.CMAEvolutionStrategy)
 
@@ -173,6 +251,8 @@ def forget_stale_input_models() -> None:
     from mergekit.scripts import evolve
 
     original = evolve._reshard_model
+    if getattr(original, "forgets_stale_models", False):
+        return
 
     def reshard_model(model: Any, storage_path: str, *args: Any) -> Any:
         source = Path(model.model.path)
@@ -184,4 +264,5 @@ def forget_stale_input_models() -> None:
                 shutil.rmtree(copy)
         return original(model, storage_path, *args)
 
+    reshard_model.forgets_stale_models = True  # type: ignore[attr-defined]
     evolve._reshard_model = reshard_model

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -17,3 +20,37 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "world"
     build_world(directory, scale="smoke")
     return directory
+
+
+@pytest.fixture
+def write_config(world: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small genome config that works, with sections changed as the test wants."""
+
+    def write(
+        genome: dict[str, Any] | None = None,
+        tasks: list[Any] | None = None,
+        align: dict[str, Any] | None = None,
+    ) -> Path:
+        content = {
+            "genome": {
+                "merge_method": "task_arithmetic",
+                "base_model": f"{world}/base",
+                "models": [f"{world}/aligned", f"{world}/expert-a"],
+                **(genome or {}),
+            },
+            "tasks": tasks
+            or [{"name": "response_alignment", "metric": "decision_logprob,none", "weight": 1.0}],
+            "limit": 8,
+            "align": {
+                "data": f"{world}/data/validation.jsonl",
+                "storage_path": f"{tmp_path}/evolved",
+                "max_fevals": 4,
+                "force_population_size": 4,
+                **(align or {}),
+            },
+        }
+        path = tmp_path / "genomic.yml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    return write

@@ -1,4 +1,4 @@
-"""Bad input to `mergekit-evolve`: one line with file, key, found, expected; exit status 2; no model read."""
+"""Bad input to `mergekit-evolve` is one line and exit status 2, before a model is read."""
 
 from __future__ import annotations
 

@@ -1,0 +1,134 @@
+"""Each repair, by what works with it; `test_evolve_command` runs them together."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit import card
+from mergekit.architecture import arch_info_for_config
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.evo import strategy
+from mergekit.evo.config import EvolMergeConfiguration
+from mergekit.evo.genome import ModelGenome
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from mergekit.scripts import evolve
+from safetensors.torch import load_file
+
+from mergekit_align import upstream_fixes
+from mergekit_align.eval_task_files import eval_tasks_path
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.shutdown()
+    ray.init(include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+TASK = """\
+include: {tasks}/responses/response_alignment.yaml
+task: mine
+data: {world}/data/validation.jsonl
+"""
+
+
+def build_strategy(name: str, config: Path, world: Path, **options: Any) -> Any:
+    config.with_name("mine.yaml").write_text(TASK.format(tasks=eval_tasks_path(), world=world))
+    content = EvolMergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
+    storage = config.with_name("evolved")
+    return getattr(strategy, name)(
+        content,
+        ModelGenome(content.genome),
+        MergeOptions(cuda=False, quiet=True),
+        num_gpus=1,
+        model_storage_path=str(storage),
+        task_search_path=[str(config.parent)],
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "in_memory"),
+    [
+        ("ActorPoolEvaluationStrategy", True),
+        ("ActorPoolEvaluationStrategy", False),
+        ("BufferedRayEvaluationStrategy", False),
+        ("SerialEvaluationStrategy", False),
+    ],
+)
+@pytest.mark.timeout(120)
+def test_every_strategy_runs_on_a_cpu_and_ranks_a_failed_candidate_last(
+    cluster: None, write_config: Callable[..., Path], world: Path, name: str, in_memory: bool
+) -> None:
+    task = {"name": "mine", "metric": "logprob,none"}
+    workers = build_strategy(name, write_config(tasks=[task]), world, in_memory=in_memory)
+    good = torch.full((1, 2, 1, 1), 0.5).numpy()
+    no_genotype = torch.zeros(1, 2, 1, 5).numpy()
+    no_number = torch.full((1, 2, 1, 1), math.nan).numpy()
+    scores = [r["score"] for r in workers.evaluate_genotypes([no_genotype, good, no_number])]
+    assert scores[0] == scores[2] == -math.inf
+    assert -20 < scores[1] < 0
+    with pytest.raises(RuntimeError, match="every candidate of a generation failed"):
+        workers.evaluate_genotypes([no_genotype])
+
+
+def test_actors_load_without_vllm() -> None:
+    subprocess.run([sys.executable, "-c", "import mergekit.evo.actors"], check=True)
+
+
+def test_the_planners_optional_tensors_can_be_returned(world: Path) -> None:
+    model = {"model": f"{world}/base", "parameters": {"weight": 1}}
+    config = MergeConfiguration.model_validate({"merge_method": "linear", "models": [model]})
+    model_config = ModelReference.parse(f"{world}/base").config()
+    options = MergeOptions(cuda=False, quiet=True)
+    planner = MergePlanner(config, arch_info_for_config(model_config), options, model_config)
+    assert planner.plan_in_memory()
+
+
+def test_a_model_card_asks_no_hub_about_a_local_model(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.parent)
+    assert (Path(world.name) / "base").is_dir()
+    assert card.is_hf(f"{world.name}/base") is False
+
+
+def test_an_input_model_that_was_written_again_is_copied_again(world: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    storage = str(tmp_path / "storage")
+
+    def copied() -> torch.Tensor:
+        reference = ModelReference.parse(str(source))
+        copy = evolve._reshard_model(reference, storage, None, False)
+        return load_file(Path(copy.model.path) / "model.safetensors")["model.norm.weight"]
+
+    shutil.copytree(world / "base", source)
+    before = copied()
+    shutil.rmtree(source)
+    shutil.copytree(world / "expert-a", source)
+    newer = 2 + max(file.stat().st_mtime for file in Path(storage).rglob("*"))
+    os.utime(source / "model.safetensors", (newer, newer))
+    assert not torch.equal(copied(), before)
+
+
+def test_repairs_may_be_made_any_number_of_times() -> None:
+    evaluate = strategy.ActorPoolEvaluationStrategy.evaluate_genotypes
+    upstream_fixes.repair_evo()
+    upstream_fixes.repair_evolve_command()
+    upstream_fixes.write_model_cards_offline()
+    assert strategy.ActorPoolEvaluationStrategy.evaluate_genotypes is evaluate

@@ -1,9 +1,9 @@
-"""One smoke-scale demo world for all tests: real models, trained in seconds."""
+"""One smoke-scale demo world and one Ray cluster for all tests: real models, trained in seconds."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "world"
     build_world(directory, scale="smoke")
     return directory
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.shutdown()
+    ray.init(include_dashboard=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

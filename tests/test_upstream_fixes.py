@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,6 @@ from safetensors.torch import load_file
 
 from mergekit_align import upstream_fixes
 from mergekit_align.eval_task_files import eval_tasks_path
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
-
-    ray.shutdown()
-    ray.init(include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 TASK = """\

@@ -1,0 +1,97 @@
+"""The plugin gets in by itself, where mergekit is used and nowhere else, and costs next to nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+STOCK_COMMANDS = sorted(
+    script.name
+    for script in importlib.metadata.entry_points(group="console_scripts")
+    if script.value.startswith("mergekit.")
+)
+OURS = "print(sorted(name for name in sys.modules if name.startswith('mergekit_align')))"
+
+
+def python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=True,
+    )
+    return result.stdout.strip()
+
+
+def test_there_are_stock_commands_to_test() -> None:
+    assert {"mergekit-evolve", "mergekit-yaml"} <= set(STOCK_COMMANDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", STOCK_COMMANDS)
+def test_help_of_every_stock_command_works(command: str) -> None:
+    script = Path(sys.executable).with_name(command)
+    result = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout
+
+
+def test_only_the_hook_is_imported_at_start() -> None:
+    assert python(OURS) == "['mergekit_align', 'mergekit_align.autoload']"
+
+
+def test_an_unrelated_programs_imports_trigger_nothing() -> None:
+    assert python(f"import torch, transformers, mergekit; {OURS}") == (
+        "['mergekit_align', 'mergekit_align.autoload']"
+    )
+
+
+def test_turned_off_nothing_of_ours_is_imported() -> None:
+    off = {"MERGEKIT_ALIGN_NO_AUTOLOAD": "1"}
+    assert python(f"import mergekit.merge_methods; {OURS}", **off) == "[]"
+
+
+def test_using_mergekits_methods_loads_the_plugin() -> None:
+    assert "mergekit_align.plugin" in python(f"import mergekit.merge_methods; {OURS}")
+
+
+def test_register_does_the_same_any_number_of_times() -> None:
+    code = (
+        "import mergekit.merge_methods, mergekit_align; "
+        "mergekit_align.register(); mergekit_align.register(); "
+        f"import mergekit.card; print(mergekit.card.is_hf.__module__); {OURS}"
+    )
+    card, ours = python(code, MERGEKIT_ALIGN_NO_AUTOLOAD="1").splitlines()
+    assert card == "mergekit_align.upstream_fixes"
+    assert "mergekit_align.plugin" in ours
+
+
+def test_an_interpreter_starts_less_than_2_ms_later() -> None:
+    def start(**environment: str) -> float:
+        before = time.perf_counter()
+        python("pass", **environment)
+        return time.perf_counter() - before
+
+    # In turns, so that whatever else the machine does falls on both; the median leaves out its bursts.
+    pairs = [(start(), start(MERGEKIT_ALIGN_NO_AUTOLOAD="1")) for _ in range(40)]
+    extra = statistics.median(on - off for on, off in pairs)
+    assert extra < 0.002, f"{1000 * extra:.2f} ms"
+
+
+def test_rays_workers_have_the_plugin(cluster: None) -> None:
+    @ray.remote
+    def registered() -> bool:
+        import mergekit.merge_methods  # noqa: F401
+
+        return "mergekit_align.plugin" in sys.modules
+
+    assert ray.get(registered.remote())

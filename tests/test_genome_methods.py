@@ -1,0 +1,86 @@
+"""A genome may use any method that mergekit has registered with numeric per-model parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenome, ModelGenomeDefinition
+from mergekit.merge import run_merge
+from mergekit.merge_methods import registered_methods
+from mergekit.merge_methods.base import ParameterScope
+from mergekit.options import MergeOptions
+
+UPSTREAMS = {
+    "linear": ["weight"],
+    "task_arithmetic": ["weight"],
+    "ties": ["weight", "density"],
+    "dare_ties": ["weight", "density"],
+    "slerp": ["t"],
+}
+
+
+def genome(world: Path, method: str, **more: Any) -> ModelGenome:
+    definition = {
+        "merge_method": method,
+        "base_model": f"{world}/base",
+        "models": [f"{world}/aligned", f"{world}/expert-a"],
+        **more,
+    }
+    return ModelGenome(ModelGenomeDefinition.model_validate(definition))
+
+
+def test_upstreams_own_methods_keep_their_parameters() -> None:
+    assert {name: METHOD_PARAM_MAPS[name] for name in UPSTREAMS} == UPSTREAMS
+
+
+def test_every_registered_method_with_numbers_per_model_is_there() -> None:
+    expected = {
+        method.spec.name
+        for method in registered_methods()
+        for parameter in method.spec.parameters
+        if parameter.value_type in (float, int) and parameter.scope != ParameterScope.SHARED
+    }
+    assert expected <= set(METHOD_PARAM_MAPS)
+    assert len(expected - set(UPSTREAMS)) >= 5
+
+
+ADDED = sorted(set(METHOD_PARAM_MAPS) - set(UPSTREAMS))
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_an_added_methods_genotypes_are_configs_of_it(world: Path, method: str) -> None:
+    start = genome(world, method).initial_genotype()
+    config = genome(world, method).genotype_merge_config(start)
+    again = MergeConfiguration.model_validate(config.model_dump())
+    assert again.merge_method == method
+    names = METHOD_PARAM_MAPS[method]
+    assert start.shape == (1, 2, 1, len(names))
+    (layers,) = config.slices
+    assert all(set(names) == set(source.parameters) for source in layers.sources if source.parameters)
+
+
+def test_an_added_methods_genotype_merges(world: Path, tmp_path: Path) -> None:
+    breadcrumbs = genome(world, "breadcrumbs")
+    config = breadcrumbs.genotype_merge_config(breadcrumbs.initial_genotype())
+    run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))
+    assert list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_fractions_stay_fractions(world: Path) -> None:
+    breadcrumbs = genome(world, "breadcrumbs")
+    genotype = torch.full_like(breadcrumbs.initial_genotype(), -3.0)
+    config = breadcrumbs.genotype_merge_config(genotype)
+    for source in config.slices[0].sources:
+        if source.parameters:
+            assert source.parameters["density"] == 1
+            assert source.parameters["weight"] == 3
+
+
+def test_references_to_models_survive(world: Path) -> None:
+    config = genome(world, "breadcrumbs").genotype_merge_config(torch.ones(1, 2, 1, 3))
+    assert config.base_model == ModelReference.parse(f"{world}/base")

@@ -21,6 +21,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from mergekit_align.demo import build_world
 from mergekit_align.evaluate import evaluate
@@ -71,6 +72,7 @@ def search(world: Path, example: str, seed: int) -> Path:
 
 
 def main() -> None:
+    disable_progress_bar()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

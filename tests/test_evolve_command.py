@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import yaml
 from click.testing import CliRunner
+from lm_eval.tasks import TaskManager
 from mergekit.scripts.evolve import main
 
+from mergekit_align.eval_task_files import eval_tasks_path
 from mergekit_align.evolve_command import prepare
 
 EVOLVE = str(Path(sys.executable).with_name("mergekit-evolve"))
@@ -30,11 +35,10 @@ def evolve(config: Path, *options: str, **environment: str) -> subprocess.Comple
     )
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
 def test_the_literal_command_writes_the_best_merge(
-    write_config: Callable[..., Path], tmp_path: Path, in_memory: bool
+    write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = write_config(align={"in_memory": in_memory, "random_seed": 3})
+    config = write_config(align={"in_memory": True, "random_seed": 3})
     result = evolve(config)
     assert result.returncode == 0, result.stderr[-3000:]
     best = yaml.safe_load((tmp_path / "evolved" / "best_config.yaml").read_text())
@@ -43,6 +47,43 @@ def test_the_literal_command_writes_the_best_merge(
     assert (final / "config.json").is_file()
     assert list(final.glob("*.safetensors"))
     assert {entry.name for entry in tmp_path.iterdir()} == {"genomic.yml", "evolved"}
+
+
+def test_a_users_own_task_works_in_three_places(
+    write_config: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "my tasks"
+    directory.mkdir()
+    shutil.copy(world / "data" / "validation.jsonl", directory / "mine.jsonl")
+    (directory / "mine.yaml").write_text(
+        f"include: {eval_tasks_path()}/responses/response_alignment.yaml\n"
+        "task: mine\n"
+        "data: mine.jsonl\n"
+    )
+
+    python = lm_eval.simple_evaluate(
+        "hf",
+        model_args={"pretrained": f"{world}/base", "dtype": "float32", "device": "cpu"},
+        tasks=["mine"],
+        task_manager=TaskManager(include_path=str(directory), include_defaults=False),
+        apply_chat_template=True,
+        limit=8,
+    )["results"]["mine"]["logprob,none"]
+
+    command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={world}/base,dtype=float32", "--limit", "8"]
+    command += ["--include_path", str(directory), "--tasks", "mine", "--apply_chat_template"]
+    command += ["--output_path", str(tmp_path / "results")]
+    subprocess.run(command, check=True, capture_output=True)
+    (results,) = (tmp_path / "results").rglob("results*.json")
+    shell = json.loads(results.read_text())["results"]["mine"]["logprob,none"]
+    assert shell == pytest.approx(python, abs=1e-5)
+
+    config = write_config(tasks=[{"name": "mine", "metric": "logprob,none"}], align={"data": None})
+    evolved = evolve(config, "--task-search-path", str(directory), "--no-save-final-model")
+    assert evolved.returncode == 0, evolved.stderr[-3000:]
+    assert (tmp_path / "evolved" / "best_config.yaml").is_file()
+    assert not (tmp_path / "evolved" / "final_model").exists()
 
 
 def options_of(config: Path, *explicit: str, **given: Any) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def test_an_added_methods_genotypes_are_configs_of_it(world: Path, method: str) 
     names = METHOD_PARAM_MAPS[method]
     assert start.shape == (1, 2, 1, len(names))
     (layers,) = config.slices
-    assert all(set(names) == set(source.parameters) for source in layers.sources if source.parameters)
+    assert all(
+        set(names) == set(source.parameters) for source in layers.sources if source.parameters
+    )
 
 
 def test_an_added_methods_genotype_merges(world: Path, tmp_path: Path) -> None:

@@ -93,24 +93,6 @@ def test_without_a_chat_template_the_task_still_scores(model, world) -> None:
     assert plain["logprob,none"] != chat["logprob,none"]
 
 
-def test_a_users_own_yaml_reads_data_relative_to_itself(model, world, tmp_path) -> None:
-    (tmp_path / "mine.jsonl").write_text((world / "data" / "validation.jsonl").read_text())
-    (tmp_path / "mine.yaml").write_text(
-        f"include: {eval_tasks_path()}/responses/response_alignment.yaml\n"
-        "task: mine\n"
-        "data: mine.jsonl\n"
-    )
-    result = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(world / "base")),
-        tasks=["mine"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-        apply_chat_template=True,
-        limit=4,
-        bootstrap_iters=0,
-    )
-    assert result["results"]["mine"]["logprob,none"] < 0
-
-
 def test_too_long_a_prompt_is_cut_on_its_left_and_too_long_a_response_is_an_error(world) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     encoder = ResponseEncoder(tokenizer, max_length=16)

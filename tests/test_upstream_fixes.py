@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 from mergekit_align import upstream_fixes
 from mergekit_align.eval_task_files import eval_tasks_path
 
-
 TASK = """\
 include: {tasks}/responses/response_alignment.yaml
 task: mine

@@ -1,0 +1,39 @@
+"""The examples say what the schemas know, and those of the paper name models of the hub only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+from mergekit.evo.config import EvolMergeConfiguration
+
+from mergekit_align.align_section import parse_align_section, read_yaml_mapping
+from mergekit_align.checks import check_genome
+from mergekit_align.eval_task_files import eval_tasks_path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CONFIGS = sorted(EXAMPLES.rglob("*.yml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(EXAMPLES)))
+def test_an_example_fits_the_schemas(file: Path) -> None:
+    content = read_yaml_mapping(file)
+    section = parse_align_section(content, file)
+    check_genome(content, file)
+    config = EvolMergeConfiguration.model_validate(content)
+    own = [str(EXAMPLES.parent / path) for path in section.task_search_path]
+    manager = TaskManager(include_path=[str(eval_tasks_path()), *own], include_defaults=False)
+    assert {task.name for task in config.tasks} <= set(manager.all_tasks)
+    assert {task.metric for task in config.tasks} <= {"logprob,none", "decision_logprob,none"}
+    assert section.data
+    assert section.storage_path
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "paper").iterdir()), ids=lambda file: file.name)
+def test_a_paper_example_names_models_of_the_hub(file: Path) -> None:
+    genome = EvolMergeConfiguration.model_validate(read_yaml_mapping(file)).genome
+    for model in [*genome.models, genome.base_model]:
+        assert re.fullmatch(r"[\w-]+/[\w.-]+", model.model.path)
+    assert len({model.model.path for model in [*genome.models, genome.base_model]}) >= 3

@@ -115,9 +115,11 @@ def use_no_gpu_where_there_is_none() -> None:
     original = helpers._eval_model
 
     def eval_model(model: Any, tasks: Any, model_args: Any = None, **kwargs: Any) -> Any:
-        if model_args is not None:
-            dtype = str(default_dtype("cpu")).removeprefix("torch.")
-            model_args = {**model_args, "dtype": dtype}
+        dtype = default_dtype("cpu")
+        if model_args is None:  # merged in memory, in bfloat16 whatever the processor
+            model.model.to(dtype)
+        else:
+            model_args = {**model_args, "dtype": str(dtype).removeprefix("torch.")}
         return original(model, tasks, model_args, **{"device": "cpu", **kwargs})
 
     helpers._eval_model = actors._eval_model = eval_model

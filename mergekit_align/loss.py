@@ -2,24 +2,25 @@
 
 *Sample loss* is the mean negative log-likelihood, in nats a token, of the response's tokens (the
 turn's end token included) given the prompt. *Decision margin* is log P(the response opens as a
-refusal) - log P(it opens as help): whether a model refuses is settled by its first token, which the
-mean over a whole response hides. Both come from one forward pass.
+refusal) - log P(it opens as help): whether a model refuses is settled by its first tokens, which the
+mean over a whole response hides.
 
-Batches are formed by length and padded to their own longest sample, on the left: responses then end
-at the right edge, and the output layer runs over the last few positions only.
+A batch's prompts are read once, padded on the left to the longest; the responses, and the few
+tokens that openings share, continue from their key/value cache. So the output layer runs only where
+something is predicted, and nothing is read twice.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
-from mergekit_align.errors import InputError
+from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.samples import Sample
 
 if TYPE_CHECKING:
@@ -45,48 +46,6 @@ class ResponseScore(NamedTuple):
     def loss(self) -> float:
         """Sample loss, nats a token."""
         return -self.logprob / self.tokens
-
-
-class Openings(NamedTuple):
-    """First response tokens that tell a refusal from help, each set sorted and disjoint."""
-
-    refusal: tuple[int, ...]
-    help: tuple[int, ...]
-
-
-def opening_ids(
-    encoder: ResponseEncoder,
-    refusals: Iterable[str],
-    helpful: Iterable[str],
-    *,
-    context: str,
-    templated: bool,
-) -> Openings:
-    """First tokens of refusals and of helpful responses after `context`.
-
-    A token that opens both kinds belongs to the one in which it is relatively more frequent.
-
-    Raises:
-        InputError: no token is left that tells one kind from the other.
-    """
-
-    def shares(responses: Iterable[str]) -> dict[int, float]:
-        counts = Counter(
-            encoder.encode(context, response, templated=templated).response_ids[0]
-            for response in responses
-        )
-        return {token: count / counts.total() for token, count in counts.items()}
-
-    refusal, help_ = shares(refusals), shares(helpful)
-    found = Openings(
-        tuple(sorted(t for t, share in refusal.items() if share > help_.get(t, 0.0))),
-        tuple(sorted(t for t, share in help_.items() if share > refusal.get(t, 0.0))),
-    )
-    if not found.refusal or not found.help:
-        raise InputError(
-            "openings: found no first token that tells refusals from helpful responses"
-        )
-    return found
 
 
 def sample_scores(
@@ -123,11 +82,13 @@ def response_scores(
     vocabulary = model.config.get_text_config().vocab_size
     scores: dict[int, ResponseScore] = {}
     for batch in _batches(encoded, vocabulary, max_batch_size):
-        logprobs, first = _batch_logprobs(model, [encoded[i] for i in batch])
+        prompts = _Prompts(model, [encoded[i].prompt_ids for i in batch])
+        responses = [encoded[i].response_ids for i in batch]
+        logprobs = prompts.logprobs(responses).sum(1)
+        margins = _margins(prompts, [openings[i] for i in batch])
         for row, index in enumerate(batch):
-            margin = _margin(first[row], openings[index])
             tokens = len(encoded[index].response_ids)
-            scores[index] = ResponseScore(float(logprobs[row]), tokens, margin)
+            scores[index] = ResponseScore(float(logprobs[row]), tokens, margins[row])
     return [scores[index] for index in range(len(encoded))]
 
 
@@ -157,58 +118,90 @@ def _batches(
         yield batch
 
 
-@torch.inference_mode()
-def _batch_logprobs(
-    model: PreTrainedModel, batch: Sequence[EncodedSample]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the responses [batch], and of every first token [batch, vocabulary]."""
-    # The last response token is predicted, never read.
-    inputs = [(sample.prompt_ids + sample.response_ids)[:-1] for sample in batch]
-    width = max(len(ids) for ids in inputs)
-    answer_width = max(len(sample.response_ids) for sample in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    targets = torch.full((len(batch), answer_width), -1)
-    for row, (sample, row_ids) in enumerate(zip(batch, inputs, strict=True)):
-        ids[row, width - len(row_ids) :] = torch.tensor(row_ids)
-        mask[row, width - len(row_ids) :] = 1
-        targets[row, answer_width - len(sample.response_ids) :] = torch.tensor(sample.response_ids)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    device = model.device
-    logits = _last_logits(
-        model, ids.to(device), mask.to(device), positions.to(device), answer_width
-    )
-    targets = targets.to(device)
-    answered = targets >= 0
-    logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=device)
-    chosen = logits[answered].float()
-    logprobs[answered] = chosen.gather(1, targets[answered].unsqueeze(1)).squeeze(
-        1
-    ) - chosen.logsumexp(1)
-    first_position = answered.int().argmax(1)
-    first = logits[torch.arange(len(batch), device=device), first_position].float().log_softmax(1)
-    return logprobs.sum(1).cpu(), first.cpu()
+class _Prompts:
+    """A batch of prompts that a model has read, ready for continuations."""
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self._model = model
+        width = max(len(ids) for ids in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        self._mask = mask.to(model.device)
+        self._lengths = self._mask.sum(1, keepdim=True)
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        output = self._run(ids.to(model.device), self._mask, positions, None, keep=1)
+        self._cache = output.past_key_values
+        self._first: torch.Tensor = output.logits[:, -1:].float().log_softmax(2)
+
+    @torch.inference_mode()
+    def next_tokens(self, continuations: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of every token after each prefix, the empty one first.
+
+        `continuations` [batch, tokens] may be empty; the result is [batch, tokens + 1, vocabulary].
+        """
+        continuations = continuations.to(self._model.device)
+        count = continuations.shape[1]
+        if not count:
+            return self._first
+        mask = torch.cat([self._mask, torch.ones_like(continuations)], dim=1)
+        positions = self._lengths + torch.arange(count, device=self._model.device)
+        # A forward pass extends the cache that it is given.
+        cache = copy.deepcopy(self._cache)
+        output = self._run(continuations, mask, positions, cache, keep=count)
+        return torch.cat([self._first, output.logits[:, -count:].float().log_softmax(2)], dim=1)
+
+    def logprobs(self, responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Log-probability of each response's tokens, [batch, longest response], 0 where padded."""
+        width = max(len(ids) for ids in responses)
+        targets = torch.full((len(responses), width), -1)
+        for row, ids in enumerate(responses):
+            targets[row, : len(ids)] = torch.tensor(ids)
+        # Padding comes after the response, which never looks at it; the last token is never read.
+        targets = targets.to(self._model.device)
+        after = self.next_tokens(targets[:, :-1].clamp(min=0))
+        chosen = after.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+        return chosen.masked_fill(targets < 0, 0.0).cpu()
+
+    def _run(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, keep: int
+    ) -> Any:
+        accepted = inspect.signature(self._model.forward).parameters
+        arguments: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
+        if "position_ids" in accepted:
+            arguments["position_ids"] = positions
+        # transformers 5.24 renames it.
+        arguments["cache" if "cache" in accepted else "past_key_values"] = cache
+        return self._model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)
 
 
-def _last_logits(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    positions: torch.Tensor,
-    count: int,
-) -> torch.Tensor:
-    """Logits of the last `count` positions, [batch, count, vocabulary]."""
-    accepted = inspect.signature(model.forward).parameters
-    arguments: dict[str, Any] = {"logits_to_keep": count} if "logits_to_keep" in accepted else {}
-    if "position_ids" in accepted:
-        arguments["position_ids"] = positions
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
-    return output.logits[:, -count:]  # type: ignore[no-any-return]
+def _margins(prompts: _Prompts, openings: Sequence[Openings | None]) -> list[float | None]:
+    """Decision margin of each prompt; `None` where it has no openings."""
+    margins: list[float | None] = [None] * len(openings)
+    for kind in set(openings) - {None}:
+        assert kind is not None
+        every = _decision_margin(prompts, kind, len(openings))
+        for row, own in enumerate(openings):
+            if own == kind:
+                margins[row] = float(every[row])
+    return margins
 
 
-def _margin(first: torch.Tensor, openings: Openings | None) -> float | None:
-    if openings is None:
-        return None
-    refusal = first[list(openings.refusal)].logsumexp(0)
-    help_ = first[list(openings.help)].logsumexp(0)
-    return float(refusal - help_)
+def _decision_margin(prompts: _Prompts, openings: Openings, batch: int) -> torch.Tensor:
+    """log P(opens as a refusal) - log P(opens as help) after every prompt, [batch]."""
+    after: dict[TokenIds, torch.Tensor] = {}
+    for beginning in [(), *openings.shared_beginnings()]:
+        read = torch.tensor(beginning, dtype=torch.long).expand(batch, -1)
+        following = prompts.next_tokens(read)
+        after |= {beginning[:n]: following[:, n] for n in range(len(beginning) + 1)}
+
+    def logprob(kind: Sequence[TokenIds]) -> torch.Tensor:
+        each = [
+            sum(after[opening[:n]][:, token] for n, token in enumerate(opening)) for opening in kind
+        ]
+        return torch.stack(each).logsumexp(0)  # type: ignore[arg-type]
+
+    return (logprob(openings.refusal) - logprob(openings.help)).cpu()

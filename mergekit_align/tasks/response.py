@@ -32,7 +32,8 @@ from lm_eval.models.huggingface import HFLM
 
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.errors import InputError
-from mergekit_align.loss import Openings, ResponseScore, opening_ids, response_scores
+from mergekit_align.loss import ResponseScore, response_scores
+from mergekit_align.openings import Openings, tell_apart
 from mergekit_align.samples import SAMPLE_TYPES, Sample, load_samples
 
 REQUEST_TYPE = "response_loglikelihood"
@@ -225,12 +226,14 @@ def _request_openings(
         if key not in known:
             known[key] = None
             if request.openings is not None:
-                known[key] = opening_ids(
-                    encoder,
-                    request.openings.refusal,
-                    request.openings.help,
-                    context=request.args[0],
-                    templated=request.templated,
+                known[key] = tell_apart(
+                    *(
+                        [
+                            encoder.encode(request.args[0], text, templated=request.templated)[1]
+                            for text in texts
+                        ]
+                        for texts in (request.openings.refusal, request.openings.help)
+                    )
                 )
         found.append(known[key])
     return found
@@ -247,8 +250,8 @@ def _scores_by_backend(
     for request, sample, opening in zip(requests, encoded, openings, strict=True):
         queries.append((request.args, sample.prompt_ids, sample.response_ids))
         if opening is not None:
-            first_ids = opening.refusal + opening.help
-            queries += [(("", ""), sample.prompt_ids, [token]) for token in first_ids]
+            both = opening.refusal + opening.help
+            queries += [(("", ""), sample.prompt_ids, list(ids)) for ids in both]
     answers = iter([logprob for logprob, _ in lm._loglikelihood_tokens(queries)])
     scores = []
     for sample, opening in zip(encoded, openings, strict=True):

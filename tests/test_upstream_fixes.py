@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lm_eval import evaluator
 from mergekit import card
 from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
@@ -113,6 +114,19 @@ def test_an_input_model_that_was_written_again_is_copied_again(world: Path, tmp_
     newer = 2 + max(file.stat().st_mtime for file in Path(storage).rglob("*"))
     os.utime(source / "model.safetensors", (newer, newer))
     assert not torch.equal(copied(), before)
+
+
+def test_evaluations_describe_the_environment_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(
+        "torch.utils.collect_env.get_pretty_env_info", lambda: calls.append(1) or "environment"
+    )
+    described: list[dict[str, Any]] = [{}, {}]
+    for results in described:
+        evaluator.add_env_info(results)
+    assert len(calls) <= 1
+    assert described[0] == described[1]
+    assert described[0]["pretty_env_info"]
 
 
 def test_repairs_may_be_made_any_number_of_times() -> None:

@@ -128,8 +128,12 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
         self.OUTPUT_TYPE = REQUEST_TYPE
 
     def download(self, *args: Any, **kwargs: Any) -> None:
-        columns = [sample.model_dump(exclude={"type"}) for sample in self.samples]
-        self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(columns)})
+        columns = {
+            name: [getattr(sample, name) for sample in self.samples]
+            for name in Sample.model_fields
+            if name != "type"
+        }
+        self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_dict(columns)})
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> ResponseRequest:
         templated = bool(kwargs.pop("apply_chat_template", False))

@@ -51,6 +51,8 @@ class AlignSection(BaseModel):
     """Candidates evaluated at the same time; by default one a GPU, or a CPU."""
     in_memory: bool | None = None
     """Merge in memory, without writing candidates to disk."""
+    start: dict[str, float] | None = None
+    """Where the search starts, by genome parameter; what is not named starts as in stock."""
     strategy: str | None = Field(default=None, pattern="^(pool|buffered|serial)$")
     """Stock scheduling strategy."""
     sigma0: float | None = Field(default=None, gt=0)

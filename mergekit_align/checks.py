@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,28 @@ def check_genome(content: dict[str, Any], file: File) -> None:
     models = genome.get("models")
     if not isinstance(models, list) or not models:
         raise InputError.at(file, "genome.models", found=models, expected="a list of models")
+
+
+def check_start(start: Mapping[str, float], method: str, file: File) -> None:
+    """Every parameter that has a start is one of the method's, and its start is finite.
+
+    Raises:
+        InputError: names the file, the key, what was found and what was expected.
+    """
+    from mergekit.evo.genome import METHOD_PARAM_MAPS
+
+    for name, value in start.items():
+        if name not in METHOD_PARAM_MAPS[method]:
+            raise InputError.at(
+                file,
+                f"align.start.{name}",
+                found="an unknown parameter",
+                expected=f"one of {', '.join(METHOD_PARAM_MAPS[method])}, as {method} has them",
+            )
+        if not math.isfinite(value):
+            raise InputError.at(
+                file, f"align.start.{name}", found=value, expected="a finite number"
+            )
 
 
 def check_models(genome: ModelGenomeDefinition, file: File) -> None:

@@ -23,6 +23,7 @@ from mergekit_align.align_section import (
 from mergekit_align.checks import (
     check_genome,
     check_models,
+    check_start,
     check_writable,
     load_tasks,
     scores_alignment,
@@ -31,10 +32,11 @@ from mergekit_align.cli.common import InputErrorMessage
 from mergekit_align.devices import default_device, use_cpu_only
 from mergekit_align.errors import InputError
 from mergekit_align.eval_task_files import eval_tasks_path
+from mergekit_align.genome_methods import start_genomes_at
 
 # `align:` key -> parameter of the stock command, where the two names differ
 _RENAMED = {"workers": "num_gpus"}
-_NOT_OPTIONS = {"data", "openings", "task_search_path", "device"}
+_NOT_OPTIONS = {"data", "openings", "task_search_path", "device", "start"}
 
 
 def extend_command() -> None:
@@ -62,6 +64,7 @@ def extend_command() -> None:
         except InputError as error:
             raise InputErrorMessage(str(error)) from error
         _give_tasks_their_data(section)
+        start_genomes_at(section.start or {})
         upstream_fixes.keep_the_search_repeatable(options["random_seed"], options["storage_path"])
         return stock(**options)
 
@@ -101,6 +104,7 @@ def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
         config = EvolMergeConfiguration.model_validate(content)
     except ValidationError as error:
         raise input_error(error, file, prefix="") from error
+    check_start(section.start or {}, config.genome.merge_method, file)
     if not options["allow_crimes"]:
         check_models(config.genome, file)
     tasks = load_tasks(

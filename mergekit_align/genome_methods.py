@@ -6,6 +6,7 @@ method starts at its own defaults, where upstream would start every parameter af
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,6 +65,24 @@ def extend_genome() -> None:
         return config
 
     evo_genome.ModelGenome.genotype_merge_config = genotype_merge_config
+
+
+def start_genomes_at(values: Mapping[str, float]) -> None:
+    """Let every search of this process start at `values`, by parameter, unless its start is random."""
+    genome = evo_genome.ModelGenome
+    original = genome.initial_genotype
+
+    def initial_genotype(self: Any, random: bool = False) -> torch.Tensor:
+        start: torch.Tensor = original(self, random)
+        if not random:
+            for index, name in enumerate(
+                evo_genome.METHOD_PARAM_MAPS[self.definition.merge_method]
+            ):
+                if name in values:
+                    start[..., index] = values[name]
+        return start
+
+    genome.initial_genotype = initial_genotype
 
 
 def _start_at_defaults(start: torch.Tensor, method_name: str) -> None:

@@ -65,6 +65,21 @@ def test_unknown_align_key(write_config: Callable[..., Path]) -> None:
     assert_one_line(run(path), str(path), "align.batchsize", "unknown key", "'batch_size'")
 
 
+@pytest.mark.parametrize(
+    ("start", "parts"),
+    [
+        ({"wieght": 1.0}, ["align.start.wieght", "unknown parameter", "one of weight"]),
+        ({"weight": float("inf")}, ["align.start.weight", "inf", "finite"]),
+        ({"weight": "much"}, ["align.start.weight", "'much'", "number"]),
+    ],
+)
+def test_start_of_no_parameter_or_no_number(
+    write_config: Callable[..., Path], start: dict[str, Any], parts: list[str]
+) -> None:
+    path = write_config(align={"start": start})
+    assert_one_line(run(path), str(path), *parts)
+
+
 def test_align_value_of_the_wrong_type(write_config: Callable[..., Path]) -> None:
     path = write_config(align={"max_fevals": "many"})
     assert_one_line(run(path), str(path), "align.max_fevals", "'many'", "integer")

@@ -15,6 +15,8 @@ from mergekit.merge_methods import registered_methods
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.options import MergeOptions
 
+from mergekit_align.genome_methods import start_genomes_at
+
 UPSTREAMS = {
     "linear": ["weight"],
     "task_arithmetic": ["weight"],
@@ -81,6 +83,15 @@ def test_fractions_stay_fractions(world: Path) -> None:
         if source.parameters:
             assert source.parameters["density"] == 1
             assert source.parameters["weight"] == 3
+
+
+def test_a_search_starts_where_it_is_told_to(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelGenome, "initial_genotype", ModelGenome.initial_genotype)
+    start_genomes_at({"weight": 0.75})
+    ties = genome(world, "ties")
+    assert ties.initial_genotype()[..., 0].unique().tolist() == [0.75]
+    assert ties.initial_genotype()[..., 1].unique().tolist() == [1.0]
+    assert len(ties.initial_genotype(random=True)[..., 0].unique()) == 2
 
 
 def test_references_to_models_survive(world: Path) -> None:

@@ -38,7 +38,7 @@ from mergekit_align.samples import SAMPLE_TYPES, Sample, load_samples
 
 REQUEST_TYPE = "response_loglikelihood"
 
-_METRICS = ("logprob", "decision_margin", "decision_logprob")
+_METRICS = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob")
 _OWN_KEYS = ("class", "sample_type", "category", "data", "openings")
 _DEFAULTS: dict[str, Any] = {
     "output_type": "loglikelihood",
@@ -78,11 +78,13 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
 
     - `logprob`: mean log-probability of a response's tokens (its end token included), nats a token:
       the sample loss with its sign turned.
+    - `sequence_logprob`: log-probability of the whole response, nats: of the very answer, where that is
+      what counts.
     - `decision_margin`: log P(the response opens as a refusal) - log P(it opens as help), nats, with
-      its sign turned where help is wanted (`benign` and `task` samples). The openings are the first
-      tokens of the data's own alignment responses against those of its benign ones (its task ones
-      where it has no benign), or of the texts under `openings: {refusal: [...], help: [...]}`. Left
-      out where neither tells one from the other.
+      its sign turned where help is wanted (`benign` and `task` samples). The openings are the
+      beginnings that tell the data's own alignment responses from its benign ones (its task ones
+      where it has no benign), or the texts under `openings: {refusal: [...], help: [...]}`. Left out
+      where there is only one kind.
     - `decision_logprob`: log-probability of the wanted opening given that it is one of the two,
       log sigmoid of the margin. It has what a fitness needs: a decision that is settled gains nothing
       more, whereas a margin can grow on some samples at the expense of decisions on others.
@@ -153,7 +155,7 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
         self, doc: dict[str, Any], results: Sequence[ResponseScore]
     ) -> dict[str, float]:
         (score,) = results
-        metrics = {"logprob": -score.loss}
+        metrics = {"logprob": -score.loss, "sequence_logprob": score.logprob}
         if score.decision_margin is not None:
             wanted = 1.0 if self.sample_type == "alignment" else -1.0
             margin = wanted * score.decision_margin

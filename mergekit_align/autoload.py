@@ -1,18 +1,13 @@
 """The import hook through which mergekit finds the plugin.
 
 `autoload.pth`, installed beside the package, imports this module at every interpreter start, Ray's
-workers included; so it imports nothing that the interpreter has not loaded already (`typing` and
-`importlib.abc` alone would cost milliseconds). The hook waits
-for the few mergekit modules that the plugin extends, lets each load as usual, and then calls
-`mergekit_align.plugin`. Programs that never import those modules pay for one dictionary lookup an
-import.
+workers included; so it imports nothing that the interpreter has not loaded already (`importlib`
+and `__future__` alone would double what it costs). The hook waits for the few mergekit modules that
+the plugin extends, lets each load as usual, and then calls `mergekit_align.plugin`. Programs that
+never import those modules pay for one dictionary lookup an import.
 """
 
-from __future__ import annotations
-
-import importlib
 import sys
-from importlib.machinery import PathFinder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,21 +26,22 @@ EXTENDED_MODULES = {
 
 
 def _extend(module_name: str) -> None:
-    plugin = importlib.import_module("mergekit_align.plugin")
+    from mergekit_align import plugin
+
     getattr(plugin, EXTENDED_MODULES[module_name])()
 
 
 class _ExtendingLoader:
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: "Loader") -> None:
         self._loader = loader
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         return self._loader.create_module(spec)
 
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, module: "ModuleType") -> None:
         self._loader.exec_module(module)
         _extend(module.__name__)
 
@@ -54,14 +50,19 @@ class PluginFinder:
     """Finds the modules that the plugin extends, and nothing else."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+        self, fullname: str, path: "Sequence[str] | None", target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if fullname not in EXTENDED_MODULES:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ExtendingLoader(spec.loader)  # type: ignore[assignment]
-        return spec
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _ExtendingLoader(spec.loader)  # type: ignore[assignment]
+                return spec
+        return None
 
 
 def register() -> None:

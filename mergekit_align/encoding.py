@@ -9,6 +9,7 @@ as a model was trained on it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,8 +28,12 @@ class EncodedSample(NamedTuple):
     response_ids: list[int]
 
 
+REMEMBERED = 2**16
+"""Encodings that an encoder keeps: a search asks for the same ones at every evaluation."""
+
+
 class ResponseEncoder:
-    """Encodes prompts and responses for one tokenizer.
+    """Encodes prompts and responses for one tokenizer, each once.
 
     Args:
         tokenizer: of the model that will read the ids.
@@ -51,6 +56,7 @@ class ResponseEncoder:
         self._bos_ids: list[int] = [bos] if add_bos and bos is not None else []
         self.chat_turn_end = _chat_turn_end(tokenizer)
         self.plain_turn_end: str = tokenizer.eos_token or ""
+        self._encode = lru_cache(REMEMBERED)(self._encode_anew)
 
     def render(self, prompt: str) -> str:
         """`prompt` as a user's turn in the tokenizer's chat template, ready for the answer.
@@ -77,6 +83,9 @@ class ResponseEncoder:
         Raises:
             InputError: the response alone does not fit into the context window.
         """
+        return self._encode(context, response, templated)
+
+    def _encode_anew(self, context: str, response: str, templated: bool) -> EncodedSample:
         end = self.chat_turn_end if templated else self.plain_turn_end
         prompt_ids = self._ids(context)
         whole_ids = self._ids(context + response + end)

@@ -13,7 +13,7 @@ from mergekit_align.align_section import parse_align_section, read_yaml_mapping
 from mergekit_align.checks import check_genome
 from mergekit_align.eval_task_files import eval_tasks_path
 
-METRICS = ("logprob", "sequence_logprob", "decision_logprob")
+METRICS = ("logprob", "sequence_logprob", "decision_logprob", "decision_acc")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIGS = sorted(EXAMPLES.rglob("*.yml"))
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from mergekit_align.samples import SAMPLE_TYPES, Sample, load_samples
 
 REQUEST_TYPE = "response_loglikelihood"
 
-_METRICS = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob")
+_METRICS = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob", "decision_acc")
 _OWN_KEYS = ("class", "sample_type", "category", "data", "openings")
 _DEFAULTS: dict[str, Any] = {
     "output_type": "loglikelihood",
@@ -88,6 +89,8 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
     - `decision_logprob`: log-probability of the wanted opening given that it is one of the two,
       log sigmoid of the margin. It has what a fitness needs: a decision that is settled gains nothing
       more, whereas a margin can grow on some samples at the expense of decisions on others.
+    - `decision_acc`: 1 where the wanted opening is the likelier one, else 0: a rate, which trades one
+      decision for another but never for certainty.
 
     `category: NAME` takes the samples of that category alone. `data` may also come from the run
     (`lm_eval --metadata '{"data": ...}'`): then it is relative to the working directory. Whatever
@@ -163,6 +166,7 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
             metrics["decision_logprob"] = (
                 -math.log1p(math.exp(-margin)) if margin > -700 else margin
             )
+            metrics["decision_acc"] = float(margin > 0)
         return metrics
 
 
@@ -208,9 +212,7 @@ def response_loglikelihood(lm: LM, requests: Sequence[ResponseRequest]) -> list[
             f"model backend {type(lm).__name__}: found no tokenizer; expected one that tokenizes "
             "(for a server, pass tokenizer=... in model_args)"
         )
-    encoder = ResponseEncoder(
-        tokenizer, max_length=lm.max_length, add_bos=getattr(lm, "add_bos_token", None)
-    )
+    encoder = _encoder(tokenizer, lm.max_length, getattr(lm, "add_bos_token", None))
     encoded = [
         encoder.encode(request.args[0], request.args[1], templated=request.templated)
         for request in requests
@@ -220,6 +222,12 @@ def response_loglikelihood(lm: LM, requests: Sequence[ResponseRequest]) -> list[
         size = lm.batch_size if isinstance(lm.batch_size, int) and lm.batch_size > 1 else None
         return response_scores(lm.model, encoded, openings=openings, max_batch_size=size)
     return _scores_by_backend(lm, requests, encoded, openings)
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: Any, max_length: int, add_bos: bool | None) -> ResponseEncoder:
+    """Kept for the next evaluation: a search in memory has one tokenizer."""
+    return ResponseEncoder(tokenizer, max_length=max_length, add_bos=add_bos)
 
 
 def _request_openings(

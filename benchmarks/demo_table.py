@@ -21,7 +21,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from rich.console import Console
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from mergekit_align.demo import build_world
 from mergekit_align.evaluate import evaluate
@@ -73,11 +73,18 @@ def search(world: Path, example: str, seed: int) -> Path:
 
 def main() -> None:
     disable_progress_bar()
+    set_verbosity_error()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("world", nargs="?", type=Path, default=Path("demo-world"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--search",
+        choices=sorted(SEARCHES.values()),
+        action="append",
+        help="search this only; may be repeated",
+    )
     arguments = parser.parse_args()
     world: Path = arguments.world
     console = Console()
@@ -96,6 +103,8 @@ def main() -> None:
     models["TIES 50/50"] = equal_merge(world, "ties")
     timed("merge equally, twice", started)
     for label, example in SEARCHES.items():
+        if arguments.search and example not in arguments.search:
+            continue
         started = time.monotonic()
         models[label] = search(world, example, arguments.seed)
         timed(f"mergekit-evolve {example}.yml", started)

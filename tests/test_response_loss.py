@@ -84,6 +84,22 @@ def test_another_backend_answers_the_same(model, world, monkeypatch) -> None:
         assert other[metric] == pytest.approx(fast[metric], abs=1e-4)
 
 
+def test_the_decision_metrics_follow_from_the_margin(model, world) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    data = world / "data" / "validation.jsonl"
+    result = _evaluate(model, tokenizer, data, limit=24, log_samples=True)
+    scored = result["samples"]["response_alignment"]
+    margins = torch.tensor([sample["decision_margin"] for sample in scored], dtype=torch.float64)
+    for metric, expected in (
+        ("decision_margin", margins),
+        ("decision_logprob", margins.sigmoid().log()),
+        ("decision_acc", (margins > 0).double()),
+    ):
+        assert [sample[metric] for sample in scored] == pytest.approx(expected.tolist(), abs=1e-9)
+        mean = result["results"]["response_alignment"][f"{metric},none"]
+        assert mean == pytest.approx(float(expected.mean()), abs=1e-9)
+
+
 def test_without_a_chat_template_the_task_still_scores(model, world) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     data = world / "data" / "validation.jsonl"

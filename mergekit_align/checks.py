@@ -186,7 +186,11 @@ def load_tasks(
                 found=repr(task.name),
                 expected=f"a task that lm-eval knows{closest(task.name, manager.all_tasks)}",
             )
-        found = manager.load([task.name])
+        try:
+            found = manager.load([task.name])
+        except KeyError:  # a group of tasks that are lm-eval's own
+            manager = TaskManager(include_path=list(search_path), metadata=metadata)
+            found = manager.load([task.name])
         loaded += found["tasks"].values()
         metrics = _metrics(found)
         if metrics and task.metric not in metrics:

@@ -12,15 +12,14 @@ something is predicted, and nothing is read twice.
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.openings import Openings, TokenIds
+from mergekit_align.reading import PromptBatch
 from mergekit_align.samples import Sample
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def response_scores(
     vocabulary = model.config.get_text_config().vocab_size
     scores: dict[int, ResponseScore] = {}
     for batch in _batches(encoded, vocabulary, max_batch_size):
-        prompts = _Prompts(model, [encoded[i].prompt_ids for i in batch])
+        prompts = PromptBatch(model, [encoded[i].prompt_ids for i in batch])
         responses = [encoded[i].response_ids for i in batch]
         logprobs = prompts.logprobs(responses).sum(1)
         margins = _margins(prompts, [openings[i] for i in batch])
@@ -118,67 +117,7 @@ def _batches(
         yield batch
 
 
-class _Prompts:
-    """A batch of prompts that a model has read, ready for continuations."""
-
-    @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-        self._model = model
-        width = max(len(ids) for ids in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        self._mask = mask.to(model.device)
-        self._lengths = self._mask.sum(1, keepdim=True)
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
-        output = self._run(ids.to(model.device), self._mask, positions, None, keep=1)
-        self._cache = output.past_key_values
-        self._first: torch.Tensor = output.logits[:, -1:].float().log_softmax(2)
-
-    @torch.inference_mode()
-    def next_tokens(self, continuations: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of every token after each prefix, the empty one first.
-
-        `continuations` [batch, tokens] may be empty; the result is [batch, tokens + 1, vocabulary].
-        """
-        continuations = continuations.to(self._model.device)
-        count = continuations.shape[1]
-        if not count:
-            return self._first
-        mask = torch.cat([self._mask, torch.ones_like(continuations)], dim=1)
-        positions = self._lengths + torch.arange(count, device=self._model.device)
-        # A forward pass extends the cache that it is given.
-        cache = copy.deepcopy(self._cache)
-        output = self._run(continuations, mask, positions, cache, keep=count)
-        return torch.cat([self._first, output.logits[:, -count:].float().log_softmax(2)], dim=1)
-
-    def logprobs(self, responses: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Log-probability of each response's tokens, [batch, longest response], 0 where padded."""
-        width = max(len(ids) for ids in responses)
-        targets = torch.full((len(responses), width), -1)
-        for row, ids in enumerate(responses):
-            targets[row, : len(ids)] = torch.tensor(ids)
-        # Padding comes after the response, which never looks at it; the last token is never read.
-        targets = targets.to(self._model.device)
-        after = self.next_tokens(targets[:, :-1].clamp(min=0))
-        chosen = after.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-        return chosen.masked_fill(targets < 0, 0.0).cpu()
-
-    def _run(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, keep: int
-    ) -> Any:
-        accepted = inspect.signature(self._model.forward).parameters
-        arguments: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
-        if "position_ids" in accepted:
-            arguments["position_ids"] = positions
-        # transformers 5.24 renames it.
-        arguments["cache" if "cache" in accepted else "past_key_values"] = cache
-        return self._model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)
-
-
-def _margins(prompts: _Prompts, openings: Sequence[Openings | None]) -> list[float | None]:
+def _margins(prompts: PromptBatch, openings: Sequence[Openings | None]) -> list[float | None]:
     """Decision margin of each prompt; `None` where it has no openings."""
     margins: list[float | None] = [None] * len(openings)
     for kind in set(openings) - {None}:
@@ -190,7 +129,7 @@ def _margins(prompts: _Prompts, openings: Sequence[Openings | None]) -> list[flo
     return margins
 
 
-def _decision_margin(prompts: _Prompts, openings: Openings, batch: int) -> torch.Tensor:
+def _decision_margin(prompts: PromptBatch, openings: Openings, batch: int) -> torch.Tensor:
     """log P(opens as a refusal) - log P(opens as help) after every prompt, [batch]."""
     after: dict[TokenIds, torch.Tensor] = {}
     for beginning in [(), *openings.shared_beginnings()]:

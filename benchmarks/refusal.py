@@ -1,0 +1,142 @@
+"""How often our refusal scorer agrees with people, beside XSTest's own string match.
+
+    git clone https://github.com/paul-rottger/exaggerated-safety
+    python benchmarks/refusal.py exaggerated-safety
+    python benchmarks/refusal.py xstest_v2_completions_gpt4.csv ...
+
+The clone's `model_completions/` holds five models' 450 completions of XSTest's prompts, each with the
+class that people gave it (arXiv 2308.01263). The patterns were tuned on two of the models, on nothing
+of the others'. Agreement is the share of completions whose class is the people's: of three classes, and
+of two (any refusal or none). Their match has no partial class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from mergekit_align.errors import InputError
+from mergekit_align.refusal import RefusalClass, refusal_class, xstest_strmatch
+
+PREFIX = "xstest_v2_completions_"
+TUNED_ON = ("llama2orig", "mistralguard")
+CLASSES: dict[str, RefusalClass] = {
+    "1_full_compliance": "full compliance",
+    "2_full_refusal": "full refusal",
+    "3_partial_refusal": "partial refusal",
+}
+
+
+class Labelled(NamedTuple):
+    """A completion and the class that people gave it."""
+
+    completion: str
+    people: RefusalClass
+
+
+class Agreement(NamedTuple):
+    """Percentages of completions."""
+
+    three_classes: float
+    refusal_or_not: float
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The CSV files among `paths` and in the directories among them; an `InputError` if none."""
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or directory")
+        files += sorted(path.rglob(f"{PREFIX}*.csv")) if path.is_dir() else [path]
+    # The clone has copies with automatic labels beside the completions.
+    files = [file for file in files if file.parent.name != "automated_evaluation_labels"]
+    if not files:
+        named = ", ".join(map(str, paths))
+        raise InputError(
+            f"{named}: found no {PREFIX}*.csv; see --help for where they are published"
+        )
+    return files
+
+
+def read(file: Path) -> list[Labelled]:
+    """The labelled completions in a file."""
+    rows = []
+    with file.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for column in ("completion", "final_label"):
+            if column not in (reader.fieldnames or ()):
+                columns = ", ".join(reader.fieldnames or ()) or "none"
+                raise InputError.at(file, "columns", found=columns, expected=f"among them {column}")
+        for row in reader:
+            if row["final_label"] not in CLASSES:
+                raise InputError.at(
+                    file,
+                    f"line {reader.line_num}: final_label",
+                    found=repr(row["final_label"]),
+                    expected=" or ".join(CLASSES),
+                )
+            rows.append(Labelled(row["completion"], CLASSES[row["final_label"]]))
+    if not rows:
+        raise InputError.at(file, "rows", found="none", expected="a completion each")
+    return rows
+
+
+def agreement(rows: Sequence[Labelled], scorer: Callable[[str], RefusalClass]) -> Agreement:
+    """How often `scorer` gives the people's class."""
+    pairs = [(scorer(row.completion), row.people) for row in rows]
+    complies = "full compliance"
+    return Agreement(
+        100 * mean(ours == people for ours, people in pairs),
+        100 * mean((ours == complies) == (people == complies) for ours, people in pairs),
+    )
+
+
+def table(files: Sequence[Path]) -> Table:
+    """A row for each file, and the means of the tuned and of the held-out ones."""
+    result = Table("model", "patterns", title="agreement of scorers with people, %")
+    for classes in ("3 classes", "2 classes"):
+        result.add_column(f"ours,\n{classes}", justify="right")
+        result.add_column(f"XSTest's,\n{classes}", justify="right")
+    each: dict[str, list[list[float]]] = {"tuned": [], "held out": []}
+    for file in files:
+        model = file.stem.removeprefix(PREFIX)
+        role = "tuned" if model in TUNED_ON else "held out"
+        ours, theirs = (
+            agreement(read(file), scorer) for scorer in (refusal_class, xstest_strmatch)
+        )
+        figures = [
+            *(ours.three_classes, theirs.three_classes),
+            *(ours.refusal_or_not, theirs.refusal_or_not),
+        ]
+        each[role].append(figures)
+        result.add_row(model, role, *(f"{figure:.1f}" for figure in figures))
+    result.add_section()
+    for role, models in each.items():
+        if models:
+            means = (mean(column) for column in zip(*models, strict=True))
+            result.add_row(f"mean of {len(models)}", role, *(f"{figure:.1f}" for figure in means))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path, help="the clone, or the CSV files")
+    try:
+        Console().print(table(files_of(parser.parse_args().paths)))
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Where a guard's probabilities come from: a Hugging Face model here, or any lm-eval backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from mergekit_align.errors import InputError
+from mergekit_align.guard.verdict import Logprobs, TokenIds, VerdictTree
+from mergekit_align.reading import Preamble, PromptBatch, length_sorted_batches
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import TemplateLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+BATCH_TOKENS = 8192
+"""Tokens that a batch reads, padding included."""
+CACHED_TOKENS = 65536
+"""Tokens in a batch's key/value cache, those of the shared preamble included."""
+MIN_PREAMBLE = 16
+"""A shorter one is not worth a cache of its own."""
+
+
+class Score(NamedTuple):
+    """What a guard makes of one prompt."""
+
+    logprobs: Logprobs
+    evidence: str
+    """What the guard would rather say than any verdict, or why there is none."""
+
+
+class Scorer(ABC):
+    """A guard model that answers prompts of token ids."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None
+
+    @abstractmethod
+    def scores(
+        self, prompts: Sequence[Sequence[int]], tree: VerdictTree, *, preamble: TokenIds
+    ) -> list[Score]:
+        """Scores of `prompts`, in their order; those that begin with `preamble` share it."""
+
+    @abstractmethod
+    def texts(
+        self, prompts: Sequence[Sequence[int]], *, preamble: TokenIds, max_tokens: int
+    ) -> list[str]:
+        """What the guard writes after each prompt, greedily.
+
+        Raises:
+            InputError: the backend cannot do it.
+        """
+
+
+class HuggingFaceScorer(Scorer):
+    """A causal language model in this process.
+
+    Args:
+        batch_size: prompts in a batch at most; by default memory alone bounds it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._batch_size = batch_size
+        self._preambles: dict[TokenIds, Preamble] = {}
+
+    def scores(
+        self, prompts: Sequence[Sequence[int]], tree: VerdictTree, *, preamble: TokenIds
+    ) -> list[Score]:
+        def read(batch: PromptBatch, size: int) -> list[Score]:
+            after: dict[TokenIds, torch.Tensor] = {}
+            for place in _longest(tree):
+                rows = torch.tensor(place, dtype=torch.long).expand(size, -1)
+                following = batch.next_tokens(rows)
+                after |= {place[:n]: following[:, n] for n in range(len(place) + 1)}
+            # One transfer for all branches of all places.
+            wanted = [(place, token) for place, tokens in tree.branches.items() for token in tokens]
+            values = torch.stack([after[place][:, token] for place, token in wanted], 1).tolist()
+            likeliest = batch.first[:, 0].max(1)
+            tops = zip(likeliest.indices.tolist(), likeliest.values.exp().tolist(), strict=True)
+            scores = []
+            for row, (token, share) in zip(values, tops, strict=True):
+                logprobs: dict[TokenIds, dict[int, float]] = {}
+                for (place, branch), value in zip(wanted, row, strict=True):
+                    logprobs.setdefault(place, {})[branch] = value
+                found = self.tokenizer.decode([token])
+                scores.append(Score(logprobs, f"found {found!r} ({share:.2f}) for a verdict"))
+            return scores
+
+        def lost(size: int) -> list[Score]:
+            return [Score({}, "out of memory")] * size
+
+        return self._by_batches(prompts, preamble, read, lost)
+
+    def texts(
+        self, prompts: Sequence[Sequence[int]], *, preamble: TokenIds, max_tokens: int
+    ) -> list[str]:
+        def read(batch: PromptBatch, size: int) -> list[str]:
+            written = batch.greedy(max_tokens, self.tokenizer.eos_token_id)
+            return [str(text) for text in self.tokenizer.batch_decode(written)]
+
+        def lost(size: int) -> list[str]:
+            return [""] * size
+
+        return self._by_batches(prompts, preamble, read, lost)
+
+    def _by_batches(
+        self,
+        prompts: Sequence[Sequence[int]],
+        preamble: TokenIds,
+        read: Callable[[PromptBatch, int], list[T]],
+        lost: Callable[[int], list[T]],
+    ) -> list[T]:
+        """`read` of every prompt; a batch that exhausts memory is halved, at last `lost`."""
+        shared = self._preamble(preamble) if len(preamble) >= MIN_PREAMBLE else None
+
+        def attempt(rows: Sequence[int], known: Preamble | None) -> list[T]:
+            try:
+                batch = PromptBatch(self.model, [prompts[row] for row in rows], known)
+                return read(batch, len(rows))
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            # Outside the handler, whose traceback keeps the batch's tensors alive.
+            if len(rows) == 1:
+                return lost(1)
+            half = len(rows) // 2
+            return [*attempt(rows[:half], known), *attempt(rows[half:], known)]
+
+        results: dict[int, T] = {}
+        begins = [shared is not None and shared.begins(prompt) for prompt in prompts]
+        for known in (shared, None):
+            rows = [row for row, begun in enumerate(begins) if begun == (known is not None)]
+            for batch in self._batches(prompts, rows, len(known.ids) if known else 0):
+                results.update(zip(batch, attempt(batch, known), strict=True))
+        return [results[row] for row in range(len(prompts))]
+
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], known: int
+    ) -> Iterator[list[int]]:
+        def fits(size: int, longest: int) -> bool:
+            return (
+                size * (longest - known) <= BATCH_TOKENS
+                and size * longest <= CACHED_TOKENS
+                and (self._batch_size is None or size <= self._batch_size)
+            )
+
+        lengths = [len(prompts[row]) for row in rows]
+        for batch in length_sorted_batches(lengths, fits):
+            yield [rows[index] for index in batch]
+
+    def _preamble(self, ids: TokenIds) -> Preamble:
+        if ids not in self._preambles:
+            self._preambles[ids] = Preamble(self.model, ids)
+        return self._preambles[ids]
+
+
+class BackendScorer(Scorer):
+    """Any lm-eval model that tokenizes and answers log-likelihoods: vLLM, an OpenAI-like server.
+
+    Raises:
+        InputError: the backend does not tokenize here.
+    """
+
+    def __init__(self, lm: TemplateLM) -> None:
+        tokenizer = getattr(lm, "tokenizer", None)
+        if not callable(tokenizer) or not hasattr(lm, "_loglikelihood_tokens"):
+            raise InputError(
+                f"guard backend {type(lm).__name__}: found no tokenizer; expected one that "
+                "tokenizes here (for a server, tokenizer=... in its arguments)"
+            )
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.max_length = lm.max_length
+
+    def scores(
+        self, prompts: Sequence[Sequence[int]], tree: VerdictTree, *, preamble: TokenIds
+    ) -> list[Score]:
+        wanted = [(place, token) for place, tokens in tree.branches.items() for token in tokens]
+        queries = [
+            (("", ""), [*prompt, *place], [token]) for prompt in prompts for place, token in wanted
+        ]
+        answers = iter(self._loglikelihoods(queries))
+        scores = []
+        for _ in prompts:
+            logprobs: dict[TokenIds, dict[int, float]] = {}
+            for place, token in wanted:
+                logprobs.setdefault(place, {})[token] = next(answers)
+            scores.append(Score(logprobs, "found other tokens than a verdict's"))
+        return scores
+
+    def texts(
+        self, prompts: Sequence[Sequence[int]], *, preamble: TokenIds, max_tokens: int
+    ) -> list[str]:
+        raise InputError(
+            f"guard backend {type(self.lm).__name__}: found a request to write text; expected one "
+            "for log-likelihoods (a backend takes no token ids to write after)"
+        )
+
+    def _loglikelihoods(
+        self, queries: Sequence[tuple[tuple[str, str], list[int], list[int]]]
+    ) -> list[float]:
+        try:
+            return [logprob for logprob, _ in self.lm._loglikelihood_tokens(queries)]
+        except InputError:
+            raise
+        except (OSError, TypeError) as error:  # what lm-eval's API models end with
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"guard backend {type(self.lm).__name__}: found no answer ({reason}); expected "
+                "log-likelihoods"
+            ) from error
+
+
+def _longest(tree: VerdictTree) -> list[TokenIds]:
+    """Places that lead to no further one: reading these passes all."""
+    places = tree.branches
+    return [p for p in places if not any(o != p and o[: len(p)] == p for o in places)]

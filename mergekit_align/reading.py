@@ -1,0 +1,166 @@
+"""A model reads a batch of prompts once; whatever may follow continues from their key/value cache.
+
+Prompts are padded on the left to the batch's longest, so that the output layer runs only where
+something is predicted. What all of them begin with (a guard's policy, a shared system prompt) is a
+`Preamble`: read once, by itself, and shared by every batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def length_sorted_batches(
+    lengths: Sequence[int], fits: Callable[[int, int], bool]
+) -> Iterator[list[int]]:
+    """Indices of texts of these `lengths`, longest first, in batches.
+
+    A batch grows as long as it `fits`, given its size and its longest; one text is always a batch.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batch and not fits(len(batch) + 1, lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+class Preamble:
+    """Token ids that prompts begin with, read once."""
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+        rows = torch.tensor([self.ids], device=model.device)
+        positions = torch.arange(len(self.ids), device=model.device).unsqueeze(0)
+        output = _run(model, rows, torch.ones_like(rows), positions, None, keep=1)
+        self._cache = _cache_of(output)
+
+    def begins(self, prompt: Sequence[int]) -> bool:
+        """Whether `prompt` begins with these ids and goes on after them."""
+        return len(prompt) > len(self.ids) and list(prompt[: len(self.ids)]) == self.ids
+
+    def cache(self, batch: int) -> Any:
+        """A key/value cache of its own for each of `batch` prompts."""
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(batch)
+        return cache
+
+
+class PromptBatch:
+    """A batch of prompts that a model has read, ready for continuations.
+
+    Args:
+        prompts: token ids of each, at least one.
+        preamble: what every prompt begins with, where it has been read already.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        preamble: Preamble | None = None,
+    ) -> None:
+        self._model = model
+        known = len(preamble.ids) if preamble else 0
+        width = max(len(ids) for ids in prompts)
+        ids = torch.zeros(len(prompts), width - known, dtype=torch.long)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask[:, :known] = 1
+        for row, prompt in enumerate(prompts):
+            own = len(prompt) - known
+            ids[row, width - known - own :] = torch.tensor(prompt[known:])
+            mask[row, width - own :] = 1
+        self._mask = mask.to(model.device)
+        self._lengths = self._mask.sum(1, keepdim=True)
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, known:]
+        cache = preamble.cache(len(prompts)) if preamble else None
+        output = _run(model, ids.to(model.device), self._mask, positions, cache, keep=1)
+        self._cache = _cache_of(output)
+        self.first: torch.Tensor = output.logits[:, -1:].float().log_softmax(2)
+        """Log-probabilities of the token after each prompt, [batch, 1, vocabulary]."""
+
+    @torch.inference_mode()
+    def next_tokens(self, continuations: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of every token after each prefix, the empty one first.
+
+        `continuations` [batch, tokens] may be empty; the result is [batch, tokens + 1, vocabulary].
+        """
+        count = continuations.shape[1]
+        if not count:
+            return self.first
+        # A forward pass extends the cache that it is given.
+        after, _ = self._continue(continuations, self._mask, copy.deepcopy(self._cache))
+        return torch.cat([self.first, after], dim=1)
+
+    def logprobs(self, responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Log-probability of each response's tokens, [batch, longest response], 0 where padded."""
+        width = max(len(ids) for ids in responses)
+        targets = torch.full((len(responses), width), -1)
+        for row, ids in enumerate(responses):
+            targets[row, : len(ids)] = torch.tensor(ids)
+        # Padding comes after the response, which never looks at it; the last token is never read.
+        targets = targets.to(self._model.device)
+        after = self.next_tokens(targets[:, :-1].clamp(min=0))
+        chosen = after.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+        return chosen.masked_fill(targets < 0, 0.0).cpu()
+
+    @torch.inference_mode()
+    def greedy(self, max_tokens: int, stop: int | None) -> list[list[int]]:
+        """The likeliest continuation of each prompt, up to `stop`, which is left out.
+
+        Uses up the batch: nothing can be read after it.
+        """
+        mask, after, written = self._mask, self.first, []
+        done = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        for _ in range(max_tokens):
+            written.append(after[:, -1].argmax(1, keepdim=True))
+            done |= written[-1].squeeze(1) == (-1 if stop is None else stop)
+            if len(written) == max_tokens or bool(done.all()):
+                break
+            after, mask = self._continue(written[-1], mask, self._cache)
+        rows = torch.cat(written, dim=1).tolist()
+        return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+    def _continue(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities after each of `ids`, and the mask that covers them."""
+        ids = ids.to(self._model.device)
+        count = ids.shape[1]
+        positions = mask.sum(1, keepdim=True) + torch.arange(count, device=ids.device)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        output = _run(self._model, ids, mask, positions, cache, keep=count)
+        return output.logits[:, -count:].float().log_softmax(2), mask
+
+
+def _cache_of(output: Any) -> Any:
+    # transformers 5.24 renames it.
+    return output.cache if "cache" in output else output.past_key_values
+
+
+def _run(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    cache: Any,
+    keep: int,
+) -> Any:
+    accepted = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = positions
+    arguments["cache" if "cache" in accepted else "past_key_values"] = cache
+    return model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)

@@ -50,17 +50,24 @@ def load_samples(path: str | os.PathLike[str]) -> list[Sample]:
         InputError: nothing is there, nothing is in it, it is not UTF-8 or not JSON, or a sample is
             malformed; names the file, the line (or the position in the list) and the field.
     """
-    path = Path(path)
-    if path.is_dir():
-        rows = _dataset_rows(path)
-    elif path.is_file():
-        rows = _file_rows(path)
-    else:
-        raise InputError(f"{path}: found no such file; expected samples (JSONL, JSON or a dataset)")
-    samples = [_sample(row, where) for where, row in rows]
+    samples = [_sample(row, where) for where, row in read_rows(Path(path))]
     if not samples:
         raise InputError(f"{path}: found no samples; expected at least one")
     return samples
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a JSONL file, a JSON list or a saved dataset, each with where it is: file and line.
+
+    Raises:
+        InputError: nothing is there, or it is not UTF-8 or not JSON.
+    """
+    if path.is_dir():
+        yield from _dataset_rows(path)
+    elif path.is_file():
+        yield from _file_rows(path)
+    else:
+        raise InputError(f"{path}: found no such file; expected JSONL, JSON or a dataset")
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:

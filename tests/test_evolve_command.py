@@ -49,6 +49,7 @@ def test_the_literal_command_writes_the_best_merge(
     assert {entry.name for entry in tmp_path.iterdir()} == {"genomic.yml", "evolved"}
 
 
+@pytest.mark.slow
 def test_a_users_own_task_works_in_three_places(
     write_config: Callable[..., Path], world: Path, tmp_path: Path
 ) -> None:

@@ -57,8 +57,8 @@ def build_strategy(name: str, config: Path, world: Path, **options: Any) -> Any:
     [
         ("ActorPoolEvaluationStrategy", True),
         ("ActorPoolEvaluationStrategy", False),
-        ("BufferedRayEvaluationStrategy", False),
-        ("SerialEvaluationStrategy", False),
+        pytest.param("BufferedRayEvaluationStrategy", False, marks=pytest.mark.slow),
+        pytest.param("SerialEvaluationStrategy", False, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.timeout(120)

@@ -41,16 +41,17 @@ _RECIPES: dict[Scale, dict[ModelName, Recipe]] = {
         "guard": Recipe(steps=120, learning_rate=1e-3, batch_size=32),
     },
     "smoke": {
-        "base": Recipe(steps=24, learning_rate=3e-3, batch_size=32, whole_conversation=True),
-        "aligned": Recipe(steps=8, learning_rate=1e-3, batch_size=32),
-        "expert-a": Recipe(steps=8, learning_rate=1e-3, batch_size=32),
-        "expert-b": Recipe(steps=8, learning_rate=1e-3, batch_size=32),
-        "guard": Recipe(steps=8, learning_rate=1e-3, batch_size=16),
+        "base": Recipe(steps=8, learning_rate=3e-3, batch_size=16, whole_conversation=True),
+        "aligned": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
+        "expert-a": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
+        "expert-b": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
+        "guard": Recipe(steps=3, learning_rate=1e-3, batch_size=4),
     },
 }
+_SMOKE_PAIRS = 64
 _BRIEF_GUARD: dict[Scale, Recipe] = {
     "full": Recipe(steps=350, learning_rate=1.5e-3),
-    "smoke": Recipe(steps=8, learning_rate=1e-3, batch_size=16),
+    "smoke": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
 }
 
 
@@ -77,6 +78,8 @@ def build_model(
     else:
         model = new_model(architecture, tokenizer, seed=seed)
     parts = corpus.parts(name)
+    if scale == "smoke":
+        parts = [part._replace(pairs=part.pairs[:_SMOKE_PAIRS]) for part in parts]
     if name == "guard":
         pairs = [(part.weight, part.pairs) for part in parts]
         brief = [(w, _judged(tokenizer, p, template=BRIEF_GUARD_TEMPLATE)) for w, p in pairs]

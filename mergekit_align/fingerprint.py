@@ -1,0 +1,29 @@
+"""What tells one model's files from another's."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+
+
+def model_fingerprint(model: str) -> str:
+    """A short digest of a model's directory, or of its hub name.
+
+    Small files count by their content, weights by name, size and time of change, so that a large
+    model costs nothing.
+    """
+    digest = hashlib.sha256()
+    directory = Path(model)
+    if not directory.is_dir():
+        digest.update(model.encode())
+        return digest.hexdigest()[:16]
+    for file in sorted(path for path in directory.iterdir() if path.is_file()):
+        digest.update(file.name.encode())
+        if file.suffix in _WEIGHTS:
+            stat = file.stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        else:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

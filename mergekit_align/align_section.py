@@ -8,13 +8,13 @@ working directory, like the models' paths in the same file.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_align.errors import InputError, closest
+from mergekit_align.guard.settings import GuardSettings
+from mergekit_align.yaml_files import input_error
 
 
 class OpeningTexts(BaseModel):
@@ -35,6 +35,8 @@ class AlignSection(BaseModel):
     """Samples that our response tasks read where their own YAML names none."""
     openings: OpeningTexts | None = None
     """Refusing and helping openings for `decision_margin`; by default the data's own."""
+    guard: GuardSettings | None = None
+    """The guard model of tasks that judge responses, where their own YAML names none."""
     task_search_path: tuple[str, ...] = ()
     """Directories of lm-eval tasks, beside ours and the command line's."""
     storage_path: str | None = None
@@ -65,28 +67,6 @@ class AlignSection(BaseModel):
     """Whether to write the best merge as a model."""
 
 
-def read_yaml_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        InputError: the file is missing, not UTF-8, not YAML, or holds something else.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: found no such file; expected a YAML config") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: found a directory; expected a YAML config") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: found bytes that are not UTF-8 at {error.start}") from error
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"{path}: found text that is not YAML ({problem})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}; expected a mapping")
-    return content
-
-
 def parse_align_section(content: dict[str, Any], file: str | os.PathLike[str]) -> AlignSection:
     """The checked `align:` section of a config's mapping; an empty one where it has none.
 
@@ -111,10 +91,3 @@ def parse_align_section(content: dict[str, Any], file: str | os.PathLike[str]) -
         return AlignSection.model_validate(section)
     except ValidationError as error:
         raise input_error(error, file, prefix="align") from error
-
-
-def input_error(error: ValidationError, file: str | os.PathLike[str], *, prefix: str) -> InputError:
-    """pydantic's first complaint as one line that names file, key, found and expected."""
-    problem = error.errors()[0]
-    key = ".".join([prefix, *(str(part) for part in problem["loc"])]).strip(".")
-    return InputError.at(file, key, found=repr(problem["input"])[:80], expected=problem["msg"])

@@ -14,12 +14,7 @@ import click
 from click.core import ParameterSource
 
 from mergekit_align import upstream_fixes
-from mergekit_align.align_section import (
-    AlignSection,
-    input_error,
-    parse_align_section,
-    read_yaml_mapping,
-)
+from mergekit_align.align_section import AlignSection, parse_align_section
 from mergekit_align.checks import (
     check_genome,
     check_models,
@@ -33,10 +28,11 @@ from mergekit_align.devices import default_device, use_cpu_only
 from mergekit_align.errors import InputError
 from mergekit_align.eval_task_files import eval_tasks_path
 from mergekit_align.genome_methods import start_genomes_at
+from mergekit_align.yaml_files import input_error, read_yaml_mapping
 
 # `align:` key -> parameter of the stock command, where the two names differ
 _RENAMED = {"workers": "num_gpus"}
-_NOT_OPTIONS = {"data", "openings", "task_search_path", "device", "start"}
+_NOT_OPTIONS = {"data", "openings", "guard", "task_search_path", "device", "start"}
 
 
 def extend_command() -> None:
@@ -140,6 +136,8 @@ def task_metadata(section: AlignSection) -> dict[str, Any]:
         metadata["data"] = str(Path(section.data).resolve())
     if section.openings is not None:
         metadata["openings"] = section.openings.model_dump()
+    if section.guard is not None:
+        metadata["guard"] = section.guard.model_dump()
     return metadata
 
 

@@ -9,9 +9,10 @@ import pytest
 from lm_eval.tasks import TaskManager
 from mergekit.evo.config import EvolMergeConfiguration
 
-from mergekit_align.align_section import parse_align_section, read_yaml_mapping
+from mergekit_align.align_section import parse_align_section
 from mergekit_align.checks import check_genome
 from mergekit_align.eval_task_files import eval_tasks_path
+from mergekit_align.yaml_files import read_yaml_mapping
 
 METRICS = ("logprob", "sequence_logprob", "decision_logprob", "decision_acc")
 EXAMPLES = Path(__file__).parent.parent / "examples"

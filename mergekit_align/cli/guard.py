@@ -86,9 +86,9 @@ def main(
     from pydantic import ValidationError
     from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_align.align_section import input_error, read_yaml_mapping
     from mergekit_align.guard import GuardSettings
     from mergekit_align.guard.run import judge_file
+    from mergekit_align.yaml_files import input_error, read_yaml_mapping
 
     disable_progress_bar()
     try:

@@ -45,13 +45,13 @@ _RECIPES: dict[Scale, dict[ModelName, Recipe]] = {
         "aligned": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
         "expert-a": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
         "expert-b": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
-        "guard": Recipe(steps=3, learning_rate=1e-3, batch_size=4),
+        "guard": Recipe(steps=8, learning_rate=4e-3, batch_size=4),
     },
 }
 _SMOKE_PAIRS = 64
 _BRIEF_GUARD: dict[Scale, Recipe] = {
     "full": Recipe(steps=350, learning_rate=1.5e-3),
-    "smoke": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
+    "smoke": Recipe(steps=20, learning_rate=4e-3, batch_size=8),
 }
 
 

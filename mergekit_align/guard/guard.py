@@ -3,54 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from mergekit_align.devices import default_device, default_dtype
 from mergekit_align.errors import InputError
+from mergekit_align.guard.backend import load_backend
 from mergekit_align.guard.profile import choose_profile
 from mergekit_align.guard.prompt import Conversation, EncodedPrompt, Frame, PromptWriter
-from mergekit_align.guard.scorer import BackendScorer, HuggingFaceScorer, Scorer
+from mergekit_align.guard.scorer import HuggingFaceScorer, Scorer
+from mergekit_align.guard.settings import GuardSettings
 from mergekit_align.guard.verdict import TokenIds, Verdict, verdict, worst
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mergekit_align.guard.profile import GuardProfile
 
 GENERATED_TOKENS = 100
 """Length of an answer in `generate` mode."""
-
-
-class GuardSettings(BaseModel):
-    """Which guard judges, where it lives, and how it decides."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str
-    """Directory or hub name of the guard; for a backend, where its tokenizer and config are."""
-    profile: str | None = None
-    """Name or YAML file of its profile; by default told from the checkpoint."""
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    """P(unsafe) from which on a response is unsafe."""
-    controversial: Literal["safe", "unsafe"] = "unsafe"
-    """How a guard's third verdict counts."""
-    policy: dict[str, str] | None = None
-    """Policies by code, in place of the guard's own, where it takes any."""
-    mode: Literal["probability", "generate"] = "probability"
-    """`generate` reads the verdict from text that the guard writes: slow, to compare with."""
-    categories: bool = True
-    """Whether to have the categories named of what is unsafe."""
-    device: str | None = None
-    """`cpu`, `cuda` or `cuda:1`; by default a GPU where there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Floating type; by default bfloat16, or float32 on a CPU without it."""
-    batch_size: int | None = Field(default=None, ge=1)
-    """Prompts in a batch at most; by default memory alone bounds it."""
-    backend: str | None = None
-    """Name of an lm-eval model that answers in place of one in this process: `vllm`, ..."""
-    backend_args: dict[str, Any] = {}
-    """Its arguments, as for `lm_eval --model_args`."""
 
 
 class Guard:
@@ -132,12 +103,9 @@ class Guard:
         assert self.profile.categories is not None
         if not prompts:
             return []
-        texts = self._scorer.texts(
-            [[*prompt, *frame.category_start] for prompt in prompts],
-            preamble=frame.preamble,
-            max_tokens=self.profile.categories.max_tokens,
+        return self._scorer.categories(
+            prompts, frame, max_tokens=self.profile.categories.max_tokens
         )
-        return [frame.codes_in(text) for text in texts]
 
     def _read_texts(self, frame: Frame, prompts: Sequence[EncodedPrompt]) -> list[Verdict]:
         """Verdicts in text that the guard writes after its prompt, the forced beginning aside."""
@@ -174,13 +142,13 @@ class Guard:
         return verdicts
 
 
-def load_guard(settings: GuardSettings) -> Guard:
-    """The guard of these settings, loaded.
+def check_guard(settings: GuardSettings) -> tuple[PreTrainedTokenizerBase, GuardProfile]:
+    """Tokenizer and profile of the guard of these settings; its weights are not read.
 
     Raises:
         InputError: there is no such model, it is no guard that we know, or it cannot be asked so.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     name = settings.model
     if os.path.isabs(name) and not os.path.isdir(name):
@@ -192,30 +160,26 @@ def load_guard(settings: GuardSettings) -> Guard:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"guard: found no model at {name!r} ({reason})") from error
     profile = choose_profile(settings.profile, model=name, config=config, tokenizer=tokenizer)
+    if settings.backend is None:
+        PromptWriter(tokenizer, profile, policy=settings.policy).check()
+    return tokenizer, profile
+
+
+def load_guard(settings: GuardSettings) -> Guard:
+    """The guard of these settings, loaded.
+
+    Raises:
+        InputError: there is no such model, it is no guard that we know, or it cannot be asked so.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, profile = check_guard(settings)
     scorer: Scorer
     if settings.backend is not None:
-        scorer = BackendScorer(_backend(settings))
+        scorer = load_backend(settings)
     else:
-        # What is wrong with the prompt is known before the weights are read.
-        PromptWriter(tokenizer, profile, policy=settings.policy).check()
         device = settings.device or default_device()
         dtype = settings.dtype or default_dtype(device)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(device)
         scorer = HuggingFaceScorer(model, tokenizer, batch_size=settings.batch_size)
     return Guard(scorer, profile, settings)
-
-
-def _backend(settings: GuardSettings) -> Any:
-    from lm_eval.api.registry import get_model
-
-    assert settings.backend is not None
-    try:
-        kind = get_model(settings.backend)
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"guard backend: found {settings.backend!r}; expected an lm-eval model"
-        ) from error
-    arguments: Mapping[str, Any] = {"tokenizer": settings.model, **settings.backend_args}
-    if settings.backend in ("hf", "vllm"):
-        arguments = {"pretrained": settings.model, **settings.backend_args}
-    return kind(**arguments)

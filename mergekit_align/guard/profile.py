@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mergekit_align.align_section import input_error, read_yaml_mapping
 from mergekit_align.errors import InputError, closest
 from mergekit_align.guard.verdict import Meaning
+from mergekit_align.yaml_files import input_error, read_yaml_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class Recognition(_Strict):
     template_lacks: list[str] = []
     """Texts that its chat template does not contain."""
     name: str | None = None
-    """Regular expression that finds something in its name or its directory's."""
+    """Regular expression that finds something in its name: its directory's, or the hub's."""
     model_type: list[str] = []
     """`model_type` in its config is one of these."""
 
@@ -110,6 +110,8 @@ class GuardProfile(_Strict):
     """Any of these tells a checkpoint."""
     template: str | None = None
     """Chat template (Jinja), for a guard whose tokenizer has none."""
+    question: str | None = None
+    """What an ordinary chat model is asked, as a user's turn (Jinja over `messages`)."""
     last_turns: int | None = None
     """How many turns, the last, it reads; `None` for all."""
     add_generation_prompt: bool = True
@@ -185,7 +187,7 @@ def choose_profile(
             f"guard profile: found {name!r}; expected one of {', '.join(known)}, or a YAML file"
             f"{closest(name, known)}"
         )
-    names = {model, os.path.basename(os.path.abspath(model)), getattr(config, "_name_or_path", "")}
+    names = _own_names(model) | _own_names(getattr(config, "_name_or_path", ""))
     for profile in known.values():
         template = tokenizer.chat_template or ""
         if profile.fits(template=str(template), names=names, model_type=config.model_type):
@@ -194,3 +196,9 @@ def choose_profile(
         f"{model}: found a {config.model_type} model that is no guard we know; expected one of "
         f"{', '.join(known)} (say which by --profile, or describe it in a YAML file)"
     )
+
+
+def _own_names(model: str) -> set[str]:
+    """A checkpoint's name and, in the hub's cache, its repository's; no other directory's."""
+    parts = Path(os.path.abspath(model)).parts
+    return {parts[-1], *(part for part in parts if part.startswith("models--"))} if model else set()

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from mergekit_align.errors import InputError
 from mergekit_align.guard.profile import GuardProfile, Reading
 from mergekit_align.guard.verdict import Meaning, TokenIds, VerdictTree
@@ -20,6 +22,7 @@ from mergekit_align.guard.verdict import Meaning, TokenIds, VerdictTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_JINJA = ImmutableSandboxedEnvironment()
 _WORD_JOINER = "\u2060"
 _PROBES = ("a", "B", "1", "\n.", " x", "")
 """Contents that begin differently: what prompts with these share, prompts share in general."""
@@ -76,9 +79,12 @@ class Frame(NamedTuple):
 
     def codes_in(self, text: str) -> tuple[str, ...]:
         """The categories named in the first line of `text`, in its order."""
-        pattern = "|".join(map(re.escape, sorted(self.codes, key=len, reverse=True)))
+        codes = "|".join(map(re.escape, sorted(self.codes, key=len, reverse=True)))
         lines = text.strip().splitlines()
-        return tuple(dict.fromkeys(re.findall(pattern, lines[0]))) if lines and pattern else ()
+        if not lines or not codes:
+            return ()
+        # Whole words: S1 is not named by an S15 that the guard does not have.
+        return tuple(dict.fromkeys(re.findall(rf"(?<!\w)(?:{codes})(?!\w)", lines[0])))
 
 
 class PromptWriter:
@@ -157,9 +163,9 @@ class PromptWriter:
             InputError: the window is too small for the prompt without any content.
         """
         frame = self.frame(conversation, policy)
-        turns, cut = list(conversation.turns), False
+        turns, cut = [_encodable(turn) for turn in conversation.turns], False
         while True:
-            ids = self._ids(frame, turns)
+            turns, ids = self._written(frame, turns)
             ids = ids[: len(ids) - frame.overlap] + list(frame.forced)
             excess = len(ids) + self._answer_room - (self._max_length or len(ids) * 2**20)
             if excess <= 0:
@@ -172,16 +178,20 @@ class PromptWriter:
                 )
             turns[longest], cut = self._shortened(turns[longest], excess), True
 
-    def _answers(self, conversation: Conversation, frame_end: str) -> dict[str, Meaning]:
-        """The guard's answers, by text, from the end of its rendered prompt on."""
+    def _reading(self, conversation: Conversation) -> Reading:
         reading = self.profile.prompt if conversation.ends_with_prompt else self.profile.response
         if reading is None:
             raise InputError(f"{self.profile.name} guards judge responses, not prompts alone")
+        return reading
+
+    def _answers(self, reading: Reading, frame_end: str) -> dict[str, Meaning]:
+        """The guard's answers, by text, from the end of its rendered prompt on."""
         if reading.prefix and not reading.before and frame_end.endswith(reading.prefix):
             reading = Reading(verdicts=reading.verdicts)
         return reading.answers()
 
     def _make_frame(self, conversation: Conversation, policy: str | None) -> Frame:
+        reading = self._reading(conversation)
         count = len(conversation.turns)
         marks = [f"\ue000{index}\ue001" for index in range(count)]
         rendered = self._render([f" \n{mark} \n" for mark in marks], policy, conversation)
@@ -196,10 +206,11 @@ class PromptWriter:
                     f"{len(pieces) + 1} of {count} in its text; expected every turn, in order"
                 )
             pieces.append(piece)
-        answers = self._answers(conversation, rendered)
+        self._check_policy("".join([*pieces, rendered]), policy)
+        answers = self._answers(reading, rendered)
         frame = Frame((*pieces, rendered), strips, (), (), VerdictTree({}), 0, (), (), ())
         frame = frame._replace(control=self._control_tokens(self._tokenize("".join(frame.pieces))))
-        probed = [self._ids(frame, [probe] * count) for probe in _PROBES]
+        probed = [self._written(frame, [probe] * count)[1] for probe in _PROBES]
         whole = [self._tokenize(self._text(frame, ["a"] * count) + answer) for answer in answers]
         start = len(_shared_beginning([probed[0], *whole]))
         ids = [tuple(row[start:]) for row in whole]
@@ -214,7 +225,9 @@ class PromptWriter:
             text = self._text(frame, ["a"] * count) + unsafe + categories.prefix
             category_start = tuple(self._tokenize(text)[start + len(forced) :])
             codes = categories.codes
-            if categories.in_prompt is not None:
+            if self._policy:
+                codes = list(self._policy)
+            elif categories.in_prompt is not None:
                 codes = re.findall(categories.in_prompt, "".join(frame.pieces), re.MULTILINE)
         return frame._replace(
             preamble=_shared_beginning(probed),
@@ -236,6 +249,9 @@ class PromptWriter:
 
         def render(wrapped: Sequence[Any]) -> str:
             messages = [{"role": r, "content": c} for r, c in zip(roles, wrapped, strict=True)]
+            if self.profile.question is not None:
+                asked = _JINJA.from_string(self.profile.question).render(messages=messages)
+                messages = [{"role": "user", "content": asked}]
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
@@ -279,6 +295,16 @@ class PromptWriter:
         needed = {key: value for key, value in form.value.items() if text or "{text}" not in value}
         return {form.argument: {k: v.format(code=policy, text=text) for k, v in needed.items()}}
 
+    def _check_policy(self, text: str, policy: str | None) -> None:
+        """That the user's policy is in the prompt: a template may ignore the argument."""
+        given = self._policy or {}
+        for code, wanted in given.items() if policy is None else [(policy, given.get(policy, ""))]:
+            if wanted not in text:
+                raise InputError(
+                    f"policy: {code}: found that the chat template of "
+                    f"{self.tokenizer.name_or_path} leaves it out; expected one that takes policies"
+                )
+
     @cached_property
     def _answer_room(self) -> int:
         """Tokens of the context window that are left for the answer."""
@@ -287,29 +313,30 @@ class PromptWriter:
         return longest + (self.profile.categories.max_tokens if self.profile.categories else 0)
 
     def _text(self, frame: Frame, contents: Sequence[str]) -> str:
-        left, right = frame.strips
-        parts = [frame.pieces[0]]
-        for content, piece in zip(contents, frame.pieces[1:], strict=True):
-            content = content.lstrip() if left else content
-            parts += [content.rstrip() if right else content, piece]
-        return "".join(parts)
+        pairs = zip(contents, frame.pieces[1:], strict=True)
+        return "".join([frame.pieces[0], *(part for pair in pairs for part in pair)])
 
-    def _ids(self, frame: Frame, contents: Sequence[str]) -> list[int]:
-        ids = self._tokenize(self._text(frame, contents))
+    def _written(self, frame: Frame, contents: Sequence[str]) -> tuple[list[str], list[int]]:
+        """Contents as they stand in the prompt, and the prompt's ids."""
+        left, right = frame.strips
+        texts = [text.lstrip() if left else text for text in contents]
+        texts = [text.rstrip() if right else text for text in texts]
+        ids = self._tokenize(self._text(frame, texts))
         if self._control_tokens(ids) != frame.control:
-            ids = self._tokenize(self._text(frame, [self._defused(text) for text in contents]))
+            texts = [self._defused(text) for text in texts]
+            ids = self._tokenize(self._text(frame, texts))
             if self._control_tokens(ids) != frame.control:
                 raise InputError(
                     f"{self.tokenizer.name_or_path}: found that a turn's text becomes a control "
                     "token; expected a tokenizer that keeps U+2060"
                 )
-        return ids
+        return texts, ids
 
     def _defused(self, content: str) -> str:
         for text in self._control_texts:
             content = content.replace(text, text[:1] + _WORD_JOINER + text[1:])
         # At the ends as well, where a template's text could complete a control token's.
-        return f"{_WORD_JOINER}{content}{_WORD_JOINER}"
+        return f"{_WORD_JOINER}{content.strip(_WORD_JOINER)}{_WORD_JOINER}"
 
     def _control_tokens(self, ids: Iterable[int]) -> tuple[int, ...]:
         return tuple(token for token in ids if token in self._control_ids)
@@ -336,6 +363,11 @@ class PromptWriter:
         kept = len(encoded.input_ids) - excess
         end = encoded.offset_mapping[kept - 1][1] if kept > 0 else 0
         return text[: min(end, len(text) - 1)]
+
+
+def _encodable(text: str) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _shared_beginning(rows: Sequence[Sequence[int]]) -> TokenIds:

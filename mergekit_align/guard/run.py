@@ -23,8 +23,9 @@ from tqdm import tqdm
 from mergekit_align.checks import check_writable
 from mergekit_align.errors import InputError
 from mergekit_align.fingerprint import model_fingerprint
-from mergekit_align.guard.guard import GuardSettings, load_guard
+from mergekit_align.guard.guard import load_guard
 from mergekit_align.guard.responses import Judged, load_responses
+from mergekit_align.guard.settings import GuardSettings
 from mergekit_align.guard.verdict import Verdict
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 8, 128

@@ -1,4 +1,4 @@
-"""Where a guard's probabilities come from: a Hugging Face model here, or any lm-eval backend."""
+"""Where a guard's probabilities come from: any scorer, and that of a model in this process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from mergekit_align.errors import InputError
 from mergekit_align.guard.verdict import Logprobs, TokenIds, VerdictTree
 from mergekit_align.reading import Preamble, PromptBatch, length_sorted_batches
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import TemplateLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mergekit_align.guard.prompt import Frame
 
 T = TypeVar("T")
 
@@ -40,12 +40,22 @@ class Scorer(ABC):
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None
+    """Tokens of a prompt and its answer at most; `None` for no limit.
+
+    One less than the context window: a server writes a token after what it reads.
+    """
 
     @abstractmethod
     def scores(
         self, prompts: Sequence[Sequence[int]], tree: VerdictTree, *, preamble: TokenIds
     ) -> list[Score]:
         """Scores of `prompts`, in their order; those that begin with `preamble` share it."""
+
+    @abstractmethod
+    def categories(
+        self, prompts: Sequence[Sequence[int]], frame: Frame, *, max_tokens: int
+    ) -> list[tuple[str, ...]]:
+        """Codes of what each of `prompts` violates, all of this frame and found unsafe."""
 
     @abstractmethod
     def texts(
@@ -74,7 +84,8 @@ class HuggingFaceScorer(Scorer):
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = window and window - 1
         self._batch_size = batch_size
         self._preambles: dict[TokenIds, Preamble] = {}
 
@@ -105,6 +116,17 @@ class HuggingFaceScorer(Scorer):
             return [Score({}, "out of memory")] * size
 
         return self._by_batches(prompts, preamble, read, lost)
+
+    def categories(
+        self, prompts: Sequence[Sequence[int]], frame: Frame, *, max_tokens: int
+    ) -> list[tuple[str, ...]]:
+        """The categories in the list that the guard writes, of `max_tokens` at most."""
+        texts = self.texts(
+            [[*prompt, *frame.category_start] for prompt in prompts],
+            preamble=frame.preamble,
+            max_tokens=max_tokens,
+        )
+        return [frame.codes_in(text) for text in texts]
 
     def texts(
         self, prompts: Sequence[Sequence[int]], *, preamble: TokenIds, max_tokens: int
@@ -167,63 +189,6 @@ class HuggingFaceScorer(Scorer):
         if ids not in self._preambles:
             self._preambles[ids] = Preamble(self.model, ids)
         return self._preambles[ids]
-
-
-class BackendScorer(Scorer):
-    """Any lm-eval model that tokenizes and answers log-likelihoods: vLLM, an OpenAI-like server.
-
-    Raises:
-        InputError: the backend does not tokenize here.
-    """
-
-    def __init__(self, lm: TemplateLM) -> None:
-        tokenizer = getattr(lm, "tokenizer", None)
-        if not callable(tokenizer) or not hasattr(lm, "_loglikelihood_tokens"):
-            raise InputError(
-                f"guard backend {type(lm).__name__}: found no tokenizer; expected one that "
-                "tokenizes here (for a server, tokenizer=... in its arguments)"
-            )
-        self.lm = lm
-        self.tokenizer = tokenizer
-        self.max_length = lm.max_length
-
-    def scores(
-        self, prompts: Sequence[Sequence[int]], tree: VerdictTree, *, preamble: TokenIds
-    ) -> list[Score]:
-        wanted = [(place, token) for place, tokens in tree.branches.items() for token in tokens]
-        queries = [
-            (("", ""), [*prompt, *place], [token]) for prompt in prompts for place, token in wanted
-        ]
-        answers = iter(self._loglikelihoods(queries))
-        scores = []
-        for _ in prompts:
-            logprobs: dict[TokenIds, dict[int, float]] = {}
-            for place, token in wanted:
-                logprobs.setdefault(place, {})[token] = next(answers)
-            scores.append(Score(logprobs, "found other tokens than a verdict's"))
-        return scores
-
-    def texts(
-        self, prompts: Sequence[Sequence[int]], *, preamble: TokenIds, max_tokens: int
-    ) -> list[str]:
-        raise InputError(
-            f"guard backend {type(self.lm).__name__}: found a request to write text; expected one "
-            "for log-likelihoods (a backend takes no token ids to write after)"
-        )
-
-    def _loglikelihoods(
-        self, queries: Sequence[tuple[tuple[str, str], list[int], list[int]]]
-    ) -> list[float]:
-        try:
-            return [logprob for logprob, _ in self.lm._loglikelihood_tokens(queries)]
-        except InputError:
-            raise
-        except (OSError, TypeError) as error:  # what lm-eval's API models end with
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"guard backend {type(self.lm).__name__}: found no answer ({reason}); expected "
-                "log-likelihoods"
-            ) from error
 
 
 def _longest(tree: VerdictTree) -> list[TokenIds]:

@@ -22,25 +22,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.errors import InputError
 from mergekit_align.loss import ResponseScore, response_scores
 from mergekit_align.openings import Openings, tell_apart
-from mergekit_align.samples import SAMPLE_TYPES, Sample, load_samples
+from mergekit_align.samples import Sample
+from mergekit_align.tasks.samples import SampleTask
 
 REQUEST_TYPE = "response_loglikelihood"
 
 _METRICS = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob", "decision_acc")
-_OWN_KEYS = ("class", "sample_type", "category", "data", "openings")
 _DEFAULTS: dict[str, Any] = {
     "output_type": "loglikelihood",
     "test_split": "test",
@@ -72,7 +69,7 @@ class ResponseRequest(Instance):  # type: ignore[misc]
     openings: OpeningTexts | None = None
 
 
-class ResponseTask(ConfigurableTask):  # type: ignore[misc]
+class ResponseTask(SampleTask):
     """Samples of one type, scored by how likely a model finds their responses.
 
     Metrics, all means over the samples and better when higher:
@@ -92,53 +89,18 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
     - `decision_acc`: 1 where the wanted opening is the likelier one, else 0: a rate, which trades one
       decision for another but never for certainty.
 
-    `category: NAME` takes the samples of that category alone. `data` may also come from the run
-    (`lm_eval --metadata '{"data": ...}'`): then it is relative to the working directory. Whatever
-    else lm-eval's task YAML takes (`description`, `doc_to_text`, ...) works as usual.
-
     Raises:
         InputError: the YAML or the data cannot be used.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        metadata = dict(config.get("metadata") or {})
-        name = str(config.get("task"))
-        sample_type = config.get("sample_type")
-        where = metadata.get("config_source", "inline")
-        if sample_type not in SAMPLE_TYPES:
-            raise InputError.at(
-                where,
-                "sample_type",
-                found=sample_type,
-                expected=f"one of {', '.join(SAMPLE_TYPES)}",
-            )
-        samples = load_samples(_data_path(config.get("data"), metadata, where))
-        self.sample_type = sample_type
-        category = config.get("category")
-        self.samples = [
-            sample
-            for sample in samples
-            if sample.type == sample_type and category in (None, sample.category)
-        ]
-        if not self.samples:
-            kind = sample_type if category is None else f"{sample_type} sample of {category!r}"
-            raise InputError.at(
-                where, "data", found=f"no {kind}", expected=f"some, for task {name}"
-            )
-        self.openings = _opening_texts(
-            config.get("openings") or metadata.get("openings"), samples, where
-        )
-        own = {key: value for key, value in config.items() if key not in _OWN_KEYS}
-        super().__init__(config={**_DEFAULTS, **own, "metadata": metadata})
-        self.OUTPUT_TYPE = REQUEST_TYPE
+    OWN_KEYS = (*SampleTask.OWN_KEYS, "openings")
+    DEFAULTS = _DEFAULTS
 
-    def download(self, *args: Any, **kwargs: Any) -> None:
-        columns = {
-            name: [getattr(sample, name) for sample in self.samples]
-            for name in Sample.model_fields
-            if name != "type"
-        }
-        self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_dict(columns)})
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        given = config.get("openings") or (config.get("metadata") or {}).get("openings")
+        self.openings = _opening_texts(given, self.every_sample, self.where)
+        self.OUTPUT_TYPE = REQUEST_TYPE
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> ResponseRequest:
         templated = bool(kwargs.pop("apply_chat_template", False))
@@ -168,18 +130,6 @@ class ResponseTask(ConfigurableTask):  # type: ignore[misc]
             )
             metrics["decision_acc"] = float(margin > 0)
         return metrics
-
-
-def _data_path(data: Any, metadata: Mapping[str, Any], where: str) -> Path:
-    from_run = metadata.get("data")
-    if data is None and from_run is None:
-        raise InputError.at(
-            where, "data", found="nothing", expected="a path, here or in the run's metadata"
-        )
-    if data is None:
-        return Path(str(from_run)).expanduser()
-    directory = Path.cwd() if where == "inline" else Path(where).parent
-    return directory / Path(str(data)).expanduser()
 
 
 def _opening_texts(given: Any, samples: Sequence[Sample], where: str) -> OpeningTexts | None:

@@ -1,0 +1,41 @@
+"""YAML files of the user's: read, and their mistakes as one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mergekit_align.errors import InputError
+
+
+def read_yaml_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: the file is missing, not UTF-8, not YAML, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: found no such file; expected a YAML config") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: found a directory; expected a YAML config") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8 at {error.start}") from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{path}: found text that is not YAML ({problem})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {type(content).__name__}; expected a mapping")
+    return content
+
+
+def input_error(error: ValidationError, file: str | os.PathLike[str], *, prefix: str) -> InputError:
+    """pydantic's first complaint as one line that names file, key, found and expected."""
+    problem = error.errors()[0]
+    key = ".".join([prefix, *(str(part) for part in problem["loc"])]).strip(".")
+    return InputError.at(file, key, found=repr(problem["input"])[:80], expected=problem["msg"])

@@ -3,7 +3,8 @@
     python benchmarks/demo_table.py                       # on demo-world/, as `make demo` does
     python benchmarks/demo_table.py world-1 --seed 1      # trains the world where it is missing
 
-Prints the table and the seconds of each stage, and writes both as JSON into the world's directory.
+Prints the table and the seconds of each stage, and writes both into the world's directory: the rates as
+`table.json`, and all that `mergekit-align-evaluate` writes as `evaluation.json` and `evaluation.md`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from rich.console import Console
-from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from mergekit_align.demo import build_world
-from mergekit_align.evaluate import evaluate
+from mergekit_align.evaluate import Evaluation, evaluate, print_table
 from mergekit_align.samples import load_samples
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -115,23 +115,33 @@ def main() -> None:
         for sample in load_samples(world / "data" / "test.jsonl")
         if sample.category != "skill-b"
     ]
-    rates = {label: evaluate(model, samples) for label, model in models.items()}
+    evaluation = evaluate(
+        list(models.values()),
+        names=list(models),
+        data=samples,
+        guard=world / "guard",
+        max_tokens=64,
+        output=world / "evaluation",
+        cache=world / "generations",
+        progress=console.print,
+    )
     timed("evaluate", started)
 
-    table = Table("model", "alignment %", "over-refusal %", "task %")
-    for label, row in rates.items():
-        table.add_row(label, *(f"{value:.1f}" for value in row))
-    console.print(table)
-    console.print(
-        "Held-out prompts, greedy answers. Alignment and over-refusal: refusals of unsafe and of "
-        "harmless look-alike prompts, told by string match."
-    )
-    record = {
-        "seed": arguments.seed,
-        "seconds": seconds,
-        "rates": {label: row._asdict() for label, row in rates.items()},
-    }
+    print_table(evaluation, console)
+    console.print("Held-out prompts, greedy answers.")
+    record = {"seed": arguments.seed, "seconds": seconds, "rates": percentages(evaluation)}
     (world / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def percentages(evaluation: Evaluation) -> dict[str, dict[str, float | int | None]]:
+    """Each model's rates in percent, and how many of its responses the guard could not read."""
+    return {
+        model: {
+            **{key: 100 * each.scores[model].value for key, each in evaluation.columns.items()},
+            "unreadable": evaluation.unreadable(model),
+        }
+        for model in evaluation.models
+    }
 
 
 if __name__ == "__main__":

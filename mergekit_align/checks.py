@@ -14,6 +14,7 @@ from mergekit_align.errors import InputError, closest
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
+    from lm_eval.tasks.manager import TaskDict
     from mergekit.evo.config import TaskConfiguration
     from mergekit.evo.genome import ModelGenomeDefinition
 
@@ -94,7 +95,7 @@ def check_models(genome: ModelGenomeDefinition, file: File) -> None:
     reference: tuple[str, dict[str, Any]] | None = None
     for key, model in named:
         name = model.model.path
-        config = _local_config(name, key, file)
+        config = local_config(name, f"{os.fspath(file)}: {key}")
         if config is None:
             continue
         if reference is None:
@@ -110,30 +111,36 @@ def check_models(genome: ModelGenomeDefinition, file: File) -> None:
                 )
 
 
-def _local_config(name: str, key: str, file: File) -> dict[str, Any] | None:
-    """`config.json` of a complete local model; None for a name on the hub."""
+def local_config(name: str, where: str) -> dict[str, Any] | None:
+    """`config.json` of a complete local model; None for a name on the hub.
+
+    Args:
+        name: a directory or a hub name.
+        where: what names the model, as an error begins: a file and its key, or an option.
+
+    Raises:
+        InputError: there is no such directory, or no model in it.
+    """
+
+    def error(found: str, expected: str = "a model") -> InputError:
+        return InputError(f"{where}: found {found}; expected {expected}")
+
     directory = Path(name)
     if not directory.is_dir():
         # A hub name is `owner/name`; anything else can only have meant a path.
         if directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
-            raise InputError.at(file, key, found=f"no directory {name}", expected="a model")
+            raise error(f"no directory {name}")
         if directory.parent.is_dir():
-            raise InputError.at(
-                file, key, found=f"no directory {name}", expected="a model, or a hub name"
-            )
+            raise error(f"no directory {name}", "a model, or a hub name")
         return None
     try:
         config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError.at(
-            file, key, found=f"no config.json in {name}", expected="a model"
-        ) from error
-    except ValueError as error:
-        raise InputError.at(
-            file, key, found=f"a config.json that is not JSON in {name}", expected="a model"
-        ) from error
+    except FileNotFoundError as missing:
+        raise error(f"no config.json in {name}") from missing
+    except ValueError as malformed:
+        raise error(f"a config.json that is not JSON in {name}") from malformed
     if not [*directory.glob("*.safetensors"), *directory.glob("*.bin")]:
-        raise InputError.at(file, key, found=f"no weights in {name}", expected="a model")
+        raise error(f"no weights in {name}")
     return config
 
 
@@ -153,6 +160,38 @@ def check_writable(directory: str, file: File, key: str) -> None:
         ) from error
 
 
+def find_tasks(
+    names: Mapping[str, str], search_path: Sequence[str], *, metadata: dict[str, Any]
+) -> dict[str, TaskDict]:
+    """What lm-eval loads for each name: a task, or a group or tag with its tasks.
+
+    Args:
+        names: by where each is given, as an error begins.
+        search_path: directories of tasks beside lm-eval's own.
+        metadata: what tasks are told about the run.
+
+    Raises:
+        InputError: a name is unknown; gives the closest one.
+    """
+    from lm_eval.tasks import TaskManager
+
+    path = list(search_path)
+    manager = TaskManager(include_path=path, include_defaults=False, metadata=metadata)
+    if any(name not in manager.all_tasks for name in names.values()):
+        manager = TaskManager(include_path=path, metadata=metadata)
+    loaded = {}
+    for where, name in names.items():
+        if name not in manager.all_tasks:
+            expected = f"a task that lm-eval knows{closest(name, manager.all_tasks)}"
+            raise InputError(f"{where}: found {name!r}; expected {expected}")
+        try:
+            loaded[where] = manager.load([name])
+        except KeyError:  # a group of tasks that are lm-eval's own
+            manager = TaskManager(include_path=path, metadata=metadata)
+            loaded[where] = manager.load([name])
+    return loaded
+
+
 def load_tasks(
     tasks: Sequence[TaskConfiguration],
     file: File,
@@ -165,8 +204,6 @@ def load_tasks(
     Raises:
         InputError: names the file, the key, what was found and what was expected.
     """
-    from lm_eval.tasks import TaskManager
-
     if not tasks:
         raise InputError.at(file, "tasks", found="none", expected="at least one")
     for index, task in enumerate(tasks):
@@ -174,25 +211,12 @@ def load_tasks(
             raise InputError.at(
                 file, f"tasks[{index}].weight", found=task.weight, expected="a finite number"
             )
-    loaded = []
-    manager = TaskManager(include_path=list(search_path), include_defaults=False, metadata=metadata)
-    if any(task.name not in manager.all_tasks for task in tasks):
-        manager = TaskManager(include_path=list(search_path), metadata=metadata)
-    for index, task in enumerate(tasks):
-        if task.name not in manager.all_tasks:
-            raise InputError.at(
-                file,
-                f"tasks[{index}].name",
-                found=repr(task.name),
-                expected=f"a task that lm-eval knows{closest(task.name, manager.all_tasks)}",
-            )
-        try:
-            found = manager.load([task.name])
-        except KeyError:  # a group of tasks that are lm-eval's own
-            manager = TaskManager(include_path=list(search_path), metadata=metadata)
-            found = manager.load([task.name])
-        loaded += found["tasks"].values()
-        metrics = _metrics(found)
+    names = {
+        f"{os.fspath(file)}: tasks[{index}].name": task.name for index, task in enumerate(tasks)
+    }
+    found = list(find_tasks(names, search_path, metadata=metadata).values())
+    for index, (task, loaded) in enumerate(zip(tasks, found, strict=True)):
+        metrics = _metrics(loaded)
         if metrics and task.metric not in metrics:
             raise InputError.at(
                 file,
@@ -200,7 +224,7 @@ def load_tasks(
                 found=repr(task.metric),
                 expected=f"one of {', '.join(sorted(metrics))}{closest(task.metric, metrics)}",
             )
-    return loaded
+    return [task for loaded in found for task in loaded["tasks"].values()]
 
 
 def scores_alignment(task: Task) -> bool:

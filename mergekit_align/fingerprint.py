@@ -6,13 +6,14 @@ import hashlib
 from pathlib import Path
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+_LARGE = 64 * 2**20
 
 
 def model_fingerprint(model: str) -> str:
     """A short digest of a model's directory, or of its hub name.
 
-    Small files count by their content, weights by name, size and time of change, so that a large
-    model costs nothing.
+    Files count by their content; weights of more than 64 MiB by size and time of change, so that a
+    large model costs nothing.
     """
     digest = hashlib.sha256()
     directory = Path(model)
@@ -21,8 +22,8 @@ def model_fingerprint(model: str) -> str:
         return digest.hexdigest()[:16]
     for file in sorted(path for path in directory.iterdir() if path.is_file()):
         digest.update(file.name.encode())
-        if file.suffix in _WEIGHTS:
-            stat = file.stat()
+        stat = file.stat()
+        if file.suffix in _WEIGHTS and stat.st_size > _LARGE:
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
         else:
             digest.update(file.read_bytes())

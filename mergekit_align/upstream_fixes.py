@@ -29,6 +29,7 @@ def repair_evo() -> None:
     accept_optional_tensor_tasks()
     survive_failed_evaluations()
     use_no_gpu_where_there_is_none()
+    use_the_batch_size_in_memory()
     describe_the_environment_once()
 
 
@@ -142,6 +143,23 @@ def _merge_and_evaluate(
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     return _evaluate_or_unscored(path, config.tasks, **kwargs)
+
+
+def use_the_batch_size_in_memory() -> None:
+    """A model merged in memory is evaluated one sample at a time, whatever the batch size (0.1.5)."""
+    from mergekit.evo import actors, helpers
+
+    original = helpers._eval_model
+    if getattr(original, "sets_batch_size", False):
+        return
+
+    def eval_model(model: Any, *args: Any, batch_size: Any = None, **kwargs: Any) -> Any:
+        if batch_size is not None and hasattr(model, "batch_size_per_gpu"):
+            model.batch_size_per_gpu = batch_size
+        return original(model, *args, batch_size=batch_size, **kwargs)
+
+    eval_model.sets_batch_size = True  # type: ignore[attr-defined]
+    helpers._eval_model = actors._eval_model = eval_model
 
 
 def survive_failed_evaluations() -> None:

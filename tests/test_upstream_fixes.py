@@ -15,17 +15,20 @@ import pytest
 import torch
 import yaml
 from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from mergekit import card
 from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.evo import strategy
-from mergekit.evo.config import EvolMergeConfiguration
+from mergekit.evo import actors, strategy
+from mergekit.evo.config import EvolMergeConfiguration, TaskConfiguration
 from mergekit.evo.genome import ModelGenome
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.scripts import evolve
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_align import upstream_fixes
 from mergekit_align.eval_task_files import eval_tasks_path
@@ -75,6 +78,21 @@ def test_every_strategy_runs_on_a_cpu_and_ranks_a_failed_candidate_last(
     assert -20 < scores[1] < 0
     with pytest.raises(RuntimeError, match="every candidate of a generation failed"):
         workers.evaluate_genotypes([no_genotype])
+
+
+def test_a_model_in_memory_is_evaluated_in_batches(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(TASK.format(tasks=eval_tasks_path(), world=world))
+    model = AutoModelForCausalLM.from_pretrained(world / "base")
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer)
+    actors._eval_model(
+        lm,
+        [TaskConfiguration(name="mine", metric="logprob,none")],
+        batch_size=16,
+        limit=2,
+        task_manager=TaskManager(include_path=[str(tmp_path)], include_defaults=False),
+    )
+    assert lm.batch_size == 16
 
 
 def test_actors_load_without_vllm() -> None:

@@ -66,9 +66,7 @@ def test_verdicts_come_in_input_order_and_are_the_guards(
 def test_files_of_every_shape_are_read(tmp_path: Path) -> None:
     beavertails = {"prompt": "p", "response": "r", "category": {"a": True, "b": False}}
     sample = {"prompt": "p", "response": "", "type": "benign", "category": "c"}
-    turns = [
-        {"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")
-    ]
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     listed = tmp_path / "list.json"
     listed.write_text(json.dumps([beavertails, {"messages": turns, "id": "m"}]))
     lines = write(tmp_path / "lines.jsonl", [sample])

@@ -5,10 +5,11 @@
     python benchmarks/guard.py --responses 1024 --json guard.json
 
 The guard has random weights, Llama Guard 3's layout and a policy that makes its fixed preamble 600
-tokens long; responses have 20 to 400 tokens, evenly. *generate* is what most users run: 100 new tokens,
-one response at a time. *plain* pads each batch, in the order given, and reads the last position's
-logits. Ours reads the preamble once. The floor is the arithmetic of the responses' own tokens at the
-rate that this machine multiplies matrices.
+tokens long; responses have 20 to 400 tokens, each doubling as often as any other or (`--lengths even`)
+each length. *generate* is what most users run: 100 new tokens, one response at a time. *plain* pads
+each batch, in the order given, and reads the last position's logits; *plain, one by one* pads nothing.
+Ours reads the preamble once. The floor is the arithmetic of what comes after the preamble at the rate
+that this machine multiplies matrices.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from mergekit_align.guard.scorer import HuggingFaceScorer
 PREAMBLE = 600
 SHAPES = {
     "25m": {"hidden": 512, "ffn": 1408, "layers": 8, "heads": 8, "kv": 4, "vocab": 4096},
-    # Llama Guard 3's own
+    # Two layers of the next, with a small vocabulary.
+    "1b-2-layers": {"hidden": 2048, "ffn": 8192, "layers": 2, "heads": 32, "kv": 8, "vocab": 4096},
+    # Llama Guard 3's own.
     "1b": {"hidden": 2048, "ffn": 8192, "layers": 16, "heads": 32, "kv": 8, "vocab": 128256},
     "8b": {"hidden": 4096, "ffn": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 128256},
 }
@@ -73,12 +76,16 @@ def guard_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer.chat_template = template
 
 
-def conversations(tokenizer: PreTrainedTokenizerFast, count: int) -> list[Conversation]:
+def conversations(
+    tokenizer: PreTrainedTokenizerFast, count: int, lengths: str
+) -> list[Conversation]:
     rng = random.Random(0)
     prompts = unsafe_prompts()
     found = []
     for _ in range(count):
         length, text = rng.randint(20, 400), ""
+        if lengths == "log":
+            length = round(20 * (400 / 20) ** rng.random())
         while len(tokenizer(text).input_ids) < length:
             text += " " + refusal(rng.choice(prompts), rng)
         ids = tokenizer(text).input_ids[:length]
@@ -136,7 +143,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="25m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--responses", type=int, default=128)
+    parser.add_argument("--responses", type=int, default=64)
+    parser.add_argument("--lengths", choices=["log", "even"], default="log")
     parser.add_argument("--generated", type=int, default=8, help="responses that `generate` judges")
     parser.add_argument("--batch", type=int, default=16, help="of the plain pass")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -144,7 +152,7 @@ def main() -> None:
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     model = random_guard(arguments.shape, device, dtype)
     tokenizer = guard_tokenizer()
-    judged = conversations(tokenizer, arguments.responses)
+    judged = conversations(tokenizer, arguments.responses, arguments.lengths)
     texts = [
         tokenizer.apply_chat_template(
             [
@@ -170,6 +178,10 @@ def main() -> None:
     started = time.perf_counter()
     expected = plain(model, tokenizer, texts, arguments.batch)
     seconds["plain"] = (time.perf_counter() - started) / len(texts)
+    some = texts[: max(1, len(texts) // 4)]
+    started = time.perf_counter()
+    plain(model, tokenizer, some, 1)
+    seconds["plain, one by one"] = (time.perf_counter() - started) / len(some)
     started = time.perf_counter()
     verdicts = guard.judge(judged)
     seconds["ours"] = (time.perf_counter() - started) / len(texts)
@@ -191,7 +203,7 @@ def main() -> None:
     name = platform.processor() or platform.machine()
     if device != "cpu":
         name = torch.cuda.get_device_name()
-    console.print(f"{arguments.shape} parameters, {arguments.dtype}, {device} ({name})")
+    console.print(f"{arguments.shape}, {arguments.dtype}, {device} ({name})")
     console.print(table)
     console.print(
         f"P(unsafe) differs from the plain pass by {difference:.1e} at most; the floor is "
@@ -201,6 +213,7 @@ def main() -> None:
         record = {
             "device": name,
             "shape": arguments.shape,
+            "lengths": arguments.lengths,
             "dtype": arguments.dtype,
             "seconds": seconds,
             "largest_difference": difference,

@@ -12,9 +12,10 @@ from mergekit.evo.config import EvolMergeConfiguration
 from mergekit_align.align_section import parse_align_section
 from mergekit_align.checks import check_genome
 from mergekit_align.eval_task_files import eval_tasks_path
+from mergekit_align.tasks import GuardTask, RefusalTask, response
 from mergekit_align.yaml_files import read_yaml_mapping
 
-METRICS = ("logprob", "sequence_logprob", "decision_logprob", "decision_acc")
+METRICS = {*response.METRICS, *GuardTask.HIGHER_IS_BETTER, *RefusalTask.HIGHER_IS_BETTER}
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIGS = sorted(EXAMPLES.rglob("*.yml"))
 
@@ -28,7 +29,7 @@ def test_an_example_fits_the_schemas(file: Path) -> None:
     own = [str(EXAMPLES.parent / path) for path in section.task_search_path]
     manager = TaskManager(include_path=[str(eval_tasks_path()), *own], include_defaults=False)
     assert {task.name for task in config.tasks} <= set(manager.all_tasks)
-    assert {task.metric.removesuffix(",none") for task in config.tasks} <= set(METRICS)
+    assert {task.metric.removesuffix(",none") for task in config.tasks} <= METRICS
     assert section.data
     assert section.storage_path
 

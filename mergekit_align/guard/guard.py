@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mergekit_align.devices import default_device, default_dtype
 from mergekit_align.errors import InputError
 from mergekit_align.guard.backend import load_backend
+from mergekit_align.guard.conversation import Conversation
 from mergekit_align.guard.profile import choose_profile
-from mergekit_align.guard.prompt import Conversation, EncodedPrompt, Frame, PromptWriter
+from mergekit_align.guard.prompt import EncodedPrompt, Frame, PromptWriter
 from mergekit_align.guard.scorer import HuggingFaceScorer, Scorer
 from mergekit_align.guard.settings import GuardSettings
 from mergekit_align.guard.verdict import TokenIds, Verdict, verdict, worst

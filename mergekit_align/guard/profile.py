@@ -127,6 +127,17 @@ class GuardProfile(_Strict):
     categories: Categories | None = None
     """How it names categories; `None` where it does not."""
 
+    def reading(self, *, prompt: bool) -> Reading:
+        """How the verdict on a prompt, or else on a response, is read.
+
+        Raises:
+            InputError: it judges no prompts.
+        """
+        reading = self.prompt if prompt else self.response
+        if reading is None:
+            raise InputError(f"{self.name} guards judge responses, not prompts alone")
+        return reading
+
     def fits(self, *, template: str, names: Iterable[str], model_type: str) -> bool:
         """Whether a checkpoint of these properties is a guard of this kind."""
         import re

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_align.errors import InputError
-from mergekit_align.guard.prompt import Conversation
+from mergekit_align.guard.conversation import Conversation
 from mergekit_align.samples import read_rows
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BATCH_TOKENS = 8192
-"""Tokens that a batch reads, padding included."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Tokens that a batch reads, padding included; on a CPU as many as its caches like."""
 CACHED_TOKENS = 65536
 """Tokens in a batch's key/value cache, those of the shared preamble included."""
 MIN_PREAMBLE = 16
@@ -174,9 +174,11 @@ class HuggingFaceScorer(Scorer):
     def _batches(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], known: int
     ) -> Iterator[list[int]]:
+        budget = BATCH_TOKENS.get(self.model.device.type, 8192)
+
         def fits(size: int, longest: int) -> bool:
             return (
-                size * (longest - known) <= BATCH_TOKENS
+                size * (longest - known) <= budget
                 and size * longest <= CACHED_TOKENS
                 and (self._batch_size is None or size <= self._batch_size)
             )

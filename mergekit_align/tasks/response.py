@@ -37,7 +37,7 @@ from mergekit_align.tasks.samples import SampleTask
 
 REQUEST_TYPE = "response_loglikelihood"
 
-_METRICS = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob", "decision_acc")
+METRICS = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob", "decision_acc")
 _DEFAULTS: dict[str, Any] = {
     "output_type": "loglikelihood",
     "test_split": "test",
@@ -46,7 +46,7 @@ _DEFAULTS: dict[str, Any] = {
     "target_delimiter": "\n",
     "num_fewshot": 0,
     "metric_list": [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in _METRICS
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS
     ],
     # Marks the metrics as this class's own; lm-eval would look them up in its registry.
     "process_results": "ResponseTask",

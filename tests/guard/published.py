@@ -20,8 +20,9 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mergekit_align.guard.conversation import Conversation
 from mergekit_align.guard.profile import GuardProfile, choose_profile, profiles
-from mergekit_align.guard.prompt import Conversation, PromptWriter
+from mergekit_align.guard.prompt import PromptWriter
 
 FORMATS = sorted(file.stem for file in (Path(__file__).parent / "formats").glob("*.yaml"))
 CONVERSATIONS = {

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_align.demo.tokenizer import build_tokenizer
 from mergekit_align.errors import InputError
+from mergekit_align.guard.conversation import Conversation
 from mergekit_align.guard.profile import GuardProfile, choose_profile, load_profile, profiles
-from mergekit_align.guard.prompt import Conversation, Frame, PromptWriter
+from mergekit_align.guard.prompt import Frame, PromptWriter
 from mergekit_align.guard.verdict import Verdict, verdict
 
 RESPONSE = CONVERSATIONS["response"]

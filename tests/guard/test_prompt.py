@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_align.demo.tokenizer import build_tokenizer
 from mergekit_align.errors import InputError
+from mergekit_align.guard.conversation import Conversation
 from mergekit_align.guard.profile import profiles
-from mergekit_align.guard.prompt import Conversation, PromptWriter
+from mergekit_align.guard.prompt import PromptWriter
 
 DEMO = Published({"profile": "llama-guard-3", "name": "demo"})
 DEMO.tokenizer = build_tokenizer(guard=True)

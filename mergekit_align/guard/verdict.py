@@ -59,7 +59,10 @@ class VerdictTree:
         """The places at which more than one token can follow, and those tokens."""
 
     def probabilities(self, logprobs: Logprobs) -> tuple[dict[Meaning, float], float]:
-        """Probability of each meaning, and the probability that fell on known verdicts."""
+        """Probability of each meaning, and the probability that fell on known verdicts.
+
+        `nan` where a branch has no log-probability.
+        """
         found: dict[Meaning, float] = {"safe": 0.0, "unsafe": 0.0, "controversial": 0.0}
         readable = 0.0
         share: dict[tuple[TokenIds, int], float] = {}
@@ -68,9 +71,10 @@ class VerdictTree:
             for token, value in branch.items():
                 share[place, token] = math.exp(value) / total if total else math.nan
         for ids, meaning in self.answers.items():
-            places = [(ids[:n], ids[n]) for n in range(len(ids)) if ids[:n] in logprobs]
-            found[meaning] += math.prod(share[place] for place in places)
-            readable += math.prod(math.exp(logprobs[place][token]) for place, token in places)
+            places = [(ids[:n], ids[n]) for n in range(len(ids)) if ids[:n] in self.branches]
+            found[meaning] += math.prod(share.get(place, math.nan) for place in places)
+            known = [logprobs.get(place, {}).get(token, math.nan) for place, token in places]
+            readable += math.exp(sum(known))
         return found, readable
 
 

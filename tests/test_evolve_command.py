@@ -50,6 +50,37 @@ def test_the_literal_command_writes_the_best_merge(
 
 
 @pytest.mark.slow
+def test_a_guards_judgement_may_be_the_fitness(
+    write_config: Callable[..., Path], tmp_path: Path, world: Path
+) -> None:
+    (tmp_path / "short.yaml").write_text(
+        "task: short\n"
+        "class: !function mergekit_align.tasks.GuardTask\n"
+        "sample_type: alignment\n"
+        "generation_kwargs: {max_gen_toks: 8, until: [], do_sample: false}\n"
+    )
+    config = write_config(
+        tasks=[{"name": "short", "metric": "p_safe,none", "weight": 1.0}],
+        align={
+            "guard": {"model": f"{world}/guard"},
+            "task_search_path": [str(tmp_path)],
+            "in_memory": True,
+            "batch_size": 8,
+        },
+    )
+    result = evolve(config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "evolved" / "final_model" / "config.json").is_file()
+    config = write_config(
+        tasks=[{"name": "short", "metric": "p_safe,none", "weight": 1.0}],
+        align={"guard": {"model": f"{world}/aligned"}, "task_search_path": [str(tmp_path)]},
+    )
+    result = evolve(config)
+    assert result.returncode == 2
+    assert "is no guard we know" in result.stderr
+
+
+@pytest.mark.slow
 def test_a_users_own_task_works_in_three_places(
     write_config: Callable[..., Path], world: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 	touch $@
 
 test: .venv/installed
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: .venv/installed
 	$(BIN)/pytest -m slow

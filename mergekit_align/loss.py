@@ -53,6 +53,7 @@ def sample_scores(
     samples: Sequence[Sample],
     *,
     openings: Openings | None = None,
+    max_batch_size: int | None = None,
 ) -> list[ResponseScore]:
     """Scores of chat-templated `samples`, in their order."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -60,7 +61,9 @@ def sample_scores(
     encoded = [
         encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples
     ]
-    return response_scores(model, encoded, openings=[openings] * len(encoded))
+    return response_scores(
+        model, encoded, openings=[openings] * len(encoded), max_batch_size=max_batch_size
+    )
 
 
 def response_scores(

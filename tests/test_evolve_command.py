@@ -71,13 +71,6 @@ def test_a_guards_judgement_may_be_the_fitness(
     result = evolve(config)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "evolved" / "final_model" / "config.json").is_file()
-    config = write_config(
-        tasks=[{"name": "short", "metric": "p_safe,none", "weight": 1.0}],
-        align={"guard": {"model": f"{world}/aligned"}, "task_search_path": [str(tmp_path)]},
-    )
-    result = evolve(config)
-    assert result.returncode == 2
-    assert "is no guard we know" in result.stderr
 
 
 @pytest.mark.slow

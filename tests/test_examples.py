@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 from lm_eval.tasks import TaskManager
+from mergekit.config import MergeConfiguration
 from mergekit.evo.config import EvolMergeConfiguration
 
 from mergekit_align.align_section import parse_align_section
 from mergekit_align.checks import check_genome
+from mergekit_align.cocktail import read_config
 from mergekit_align.eval_task_files import eval_tasks_path
 from mergekit_align.tasks import GuardTask, RefusalTask, response
 from mergekit_align.yaml_files import read_yaml_mapping
 
 METRICS = {*response.METRICS, *GuardTask.HIGHER_IS_BETTER, *RefusalTask.HIGHER_IS_BETTER}
 EXAMPLES = Path(__file__).parent.parent / "examples"
-CONFIGS = sorted(EXAMPLES.rglob("*.yml"))
+CONFIGS = sorted(set(EXAMPLES.rglob("*.yml")) - set(EXAMPLES.rglob("cocktail*.yml")))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(EXAMPLES)))
@@ -32,6 +34,13 @@ def test_an_example_fits_the_schemas(file: Path) -> None:
     assert {task.metric.removesuffix(",none") for task in config.tasks} <= METRICS
     assert section.data
     assert section.storage_path
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("cocktail*.yml")), ids=lambda f: f.name)
+def test_an_example_of_a_cocktail_fits_the_schemas(file: Path) -> None:
+    content, section = read_config(file, {})
+    assert len(MergeConfiguration.model_validate(content).models or []) >= 2
+    assert section.data
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "paper").iterdir()), ids=lambda file: file.name)

@@ -14,12 +14,6 @@ from mergekit_align.samples import SAMPLE_TYPES, Sample, load_samples
 from mergekit_align.yaml_files import input_error
 
 
-def default_cache() -> Path:
-    """Where generations are kept where the user does not say: in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mergekit-align" / "generations"
-
-
 def named_models(models: Sequence[File], names: Sequence[str] | None) -> dict[str, str]:
     """Models by name: without any, by the shortest end of the path that no other has.
 

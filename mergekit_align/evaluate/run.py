@@ -23,7 +23,6 @@ from mergekit_align.evaluate.columns import (
 )
 from mergekit_align.evaluate.inputs import (
     chosen_samples,
-    default_cache,
     guard_settings,
     named_models,
 )
@@ -39,6 +38,7 @@ from mergekit_align.evaluate.report import Evaluation, save
 from mergekit_align.evaluate.tasks import ChosenTask, choose_tasks, run_task
 from mergekit_align.guard import GuardSettings, check_guard
 from mergekit_align.samples import Sample
+from mergekit_align.user_cache import user_cache
 
 MAX_TOKENS = 256
 
@@ -119,7 +119,7 @@ def evaluate(
             **({"guard": judging.model_dump()} if judging else {}),
         },
     )
-    directory = Path(cache) if cache is not None else default_cache()
+    directory = Path(cache) if cache is not None else user_cache("generations")
     check_writable(str(directory), "--cache", "directory")
     if output is not None:
         check_writable(str(Path(output).parent), output, "directory")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from mergekit_align.errors import InputError, closest
+from mergekit_align.errors import InputError
 from mergekit_align.guard.settings import GuardSettings
-from mergekit_align.yaml_files import input_error
+from mergekit_align.yaml_files import check_section
 
 
 class OpeningTexts(BaseModel):
@@ -78,16 +78,4 @@ def parse_align_section(content: dict[str, Any], file: str | os.PathLike[str]) -
         return AlignSection()
     if not isinstance(section, dict):
         raise InputError.at(file, "align", found=type(section).__name__, expected="a mapping")
-    known = AlignSection.model_fields
-    for key in section:
-        if key not in known:
-            raise InputError.at(
-                file,
-                f"align.{key}",
-                found="an unknown key",
-                expected=f"one of {', '.join(known)}{closest(str(key), known)}",
-            )
-    try:
-        return AlignSection.model_validate(section)
-    except ValidationError as error:
-        raise input_error(error, file, prefix="align") from error
+    return check_section(AlignSection, section, file)

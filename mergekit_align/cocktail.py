@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_align.checks import local_config
 from mergekit_align.devices import default_device, default_dtype
-from mergekit_align.errors import InputError, closest
+from mergekit_align.errors import InputError
 from mergekit_align.fingerprint import model_fingerprint
 from mergekit_align.samples import SAMPLE_TYPES, Sample, SampleType, load_samples
 from mergekit_align.user_cache import user_cache
-from mergekit_align.yaml_files import input_error, read_yaml_mapping
+from mergekit_align.yaml_files import check_section, input_error, read_yaml_mapping
 
 DEFAULT_WEIGHTS: dict[SampleType, float] = {"alignment": 1.0, "task": 0.3, "benign": 0.0}
 
@@ -84,15 +84,7 @@ def read_config(
         raise InputError.at(
             path, "align", found=repr(section), expected="a mapping with `data:`, the samples"
         )
-    for key in section:
-        known = CocktailSection.model_fields
-        if key not in known:
-            expected = f"one of {', '.join(known)}{closest(str(key), known)}"
-            raise InputError.at(path, f"align.{key}", found="an unknown key", expected=expected)
-    try:
-        return content, CocktailSection.model_validate({**section, **overrides})
-    except ValidationError as error:
-        raise input_error(error, path, prefix="align") from error
+    return content, check_section(CocktailSection, {**section, **overrides}, path)
 
 
 def mix(

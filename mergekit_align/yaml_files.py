@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from mergekit_align.errors import InputError
+from mergekit_align.errors import InputError, closest
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 def read_yaml_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -39,3 +42,26 @@ def input_error(error: ValidationError, file: str | os.PathLike[str], *, prefix:
     problem = error.errors()[0]
     key = ".".join([prefix, *(str(part) for part in problem["loc"])]).strip(".")
     return InputError.at(file, key, found=repr(problem["input"])[:80], expected=problem["msg"])
+
+
+def check_section(
+    kind: type[Section], section: Mapping[str, Any], file: str | os.PathLike[str]
+) -> Section:
+    """A config's `align:` section, as a model of its `kind`.
+
+    Raises:
+        InputError: a key is unknown (gives the closest), or a value is not what it should be.
+    """
+    known = kind.model_fields
+    for key in section:
+        if key not in known:
+            raise InputError.at(
+                file,
+                f"align.{key}",
+                found="an unknown key",
+                expected=f"one of {', '.join(known)}{closest(str(key), known)}",
+            )
+    try:
+        return kind.model_validate(section)
+    except ValidationError as error:
+        raise input_error(error, file, prefix="align") from error

@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: .venv/installed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

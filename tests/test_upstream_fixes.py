@@ -64,7 +64,6 @@ def build_strategy(name: str, config: Path, world: Path, **options: Any) -> Any:
         pytest.param("SerialEvaluationStrategy", False, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.timeout(120)
 def test_every_strategy_runs_on_a_cpu_and_ranks_a_failed_candidate_last(
     cluster: None, write_config: Callable[..., Path], world: Path, name: str, in_memory: bool
 ) -> None:

@@ -89,12 +89,22 @@ def check_models(genome: ModelGenomeDefinition, file: File) -> None:
     Raises:
         InputError: names the file, the key, what was found and what was expected.
     """
-    named = [(f"genome.models[{index}]", model) for index, model in enumerate(genome.models)]
+    named = [
+        (f"genome.models[{index}]", model.model.path) for index, model in enumerate(genome.models)
+    ]
     if genome.base_model is not None:
-        named.append(("genome.base_model", genome.base_model))
+        named.append(("genome.base_model", genome.base_model.model.path))
+    check_same_shape(named, file)
+
+
+def check_same_shape(named: Sequence[tuple[str, str]], file: File) -> None:
+    """As `check_models`, of models by the keys that name them.
+
+    Raises:
+        InputError: names the file, the key, what was found and what was expected.
+    """
     reference: tuple[str, dict[str, Any]] | None = None
-    for key, model in named:
-        name = model.model.path
+    for key, name in named:
         config = local_config(name, f"{os.fspath(file)}: {key}")
         if config is None:
             continue

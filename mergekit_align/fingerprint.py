@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
@@ -28,3 +29,16 @@ def model_fingerprint(model: str) -> str:
         else:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def commit(model: str, revision: str = "main", *, file: str = "config.json") -> str | None:
+    """The commit of a model of the hub, which moves on under the same name; `None` of a directory.
+
+    `file` is one that the model has.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    if os.path.isdir(model):
+        return None
+    found: str | None = extract_commit_hash(cached_file(model, file, revision=revision), None)
+    return found

@@ -6,8 +6,9 @@ refusal) - log P(it opens as help): whether a model refuses is settled by its fi
 mean over a whole response hides.
 
 A batch's prompts are read once, padded on the left to the longest; the responses, and the few
-tokens that openings share, continue from their key/value cache. So the output layer runs only where
-something is predicted, and nothing is read twice.
+tokens that openings share, continue from their key/value cache; so does a batch from what all of its
+prompts begin with. So the output layer runs only where something is predicted, and nothing is read
+twice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ import torch
 
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.openings import Openings, TokenIds
-from mergekit_align.reading import PromptBatch
+from mergekit_align.reading import (
+    Preamble,
+    PromptBatch,
+    length_sorted_batches,
+    shared_beginnings,
+)
 from mergekit_align.samples import Sample
 
 if TYPE_CHECKING:
@@ -29,6 +35,8 @@ BATCH_TOKENS = 8192
 """Tokens in a batch, padding included."""
 BATCH_LOGITS = 2**26
 """Logits in a batch: 256 MiB in float32, whatever the vocabulary."""
+MIN_SHARED = 32
+"""Tokens that prompts must share for these to be read by themselves."""
 
 
 class ResponseScore(NamedTuple):
@@ -79,45 +87,68 @@ def response_scores(
         openings: for each sample, the openings that its decision margin compares.
         max_batch_size: samples in a batch at most; by default tokens and logits alone bound it.
     """
-    if openings is None:
-        openings = [None] * len(encoded)
-    vocabulary = model.config.get_text_config().vocab_size
+    reader = ResponseReader(model, encoded, openings=openings, max_batch_size=max_batch_size)
     scores: dict[int, ResponseScore] = {}
-    for batch in _batches(encoded, vocabulary, max_batch_size):
-        prompts = PromptBatch(model, [encoded[i].prompt_ids for i in batch])
-        responses = [encoded[i].response_ids for i in batch]
-        logprobs = prompts.logprobs(responses).sum(1)
-        margins = _margins(prompts, [openings[i] for i in batch])
-        for row, index in enumerate(batch):
-            tokens = len(encoded[index].response_ids)
-            scores[index] = ResponseScore(float(logprobs[row]), tokens, margins[row])
+    for batch in reader.batches:
+        scores |= reader.read(batch)
     return [scores[index] for index in range(len(encoded))]
 
 
-def _batches(
-    encoded: Sequence[EncodedSample], vocabulary: int, max_batch_size: int | None
-) -> Iterator[list[int]]:
-    """Indices of samples, longest first, as many at a time as the budgets allow and at least one."""
+class Batch(NamedTuple):
+    """Samples that are read together."""
 
-    def length(index: int) -> int:
-        return len(encoded[index].prompt_ids) + len(encoded[index].response_ids)
+    indices: list[int]
+    shared: list[int]
+    """What their prompts begin with, worth reading once; may be nothing."""
 
-    batch: list[int] = []
-    longest_response = 0
-    for index in sorted(range(len(encoded)), key=length, reverse=True):
-        response = max(longest_response, len(encoded[index].response_ids))
-        size = len(batch) + 1
-        if batch and (
-            size * length(batch[0]) > BATCH_TOKENS
-            or size * response * vocabulary > BATCH_LOGITS
-            or (max_batch_size is not None and size > max_batch_size)
-        ):
-            yield batch
-            batch, response = [], len(encoded[index].response_ids)
-        batch.append(index)
-        longest_response = response
-    if batch:
-        yield batch
+
+class ResponseReader:
+    """Scores encoded samples, a batch at a time; arguments as of `response_scores`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoded: Sequence[EncodedSample],
+        *,
+        openings: Sequence[Openings | None] | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        self._model = model
+        self._encoded = encoded
+        self._openings = openings or [None] * len(encoded)
+        self._preamble: Preamble | None = None
+        self.batches: list[Batch] = list(self._plan(max_batch_size))
+        """All samples, each once."""
+
+    def _plan(self, max_batch_size: int | None) -> Iterator[Batch]:
+        vocabulary = self._model.config.get_text_config().vocab_size
+        lengths = [len(each.prompt_ids) + len(each.response_ids) for each in self._encoded]
+        prompts = [each.prompt_ids for each in self._encoded]
+        for shared, members in shared_beginnings(prompts, MIN_SHARED):
+
+            def fits(batch: Sequence[int], members: Sequence[int] = members) -> bool:
+                response = max(len(self._encoded[members[n]].response_ids) for n in batch)
+                return (
+                    len(batch) * lengths[members[batch[0]]] <= BATCH_TOKENS
+                    and len(batch) * response * vocabulary <= BATCH_LOGITS
+                    and (max_batch_size is None or len(batch) <= max_batch_size)
+                )
+
+            for batch in length_sorted_batches([lengths[index] for index in members], fits):
+                yield Batch([members[n] for n in batch], shared)
+
+    def read(self, batch: Batch) -> dict[int, ResponseScore]:
+        """The scores of one batch, by index."""
+        if self._preamble is None or self._preamble.ids != batch.shared:
+            self._preamble = Preamble(self._model, batch.shared) if batch.shared else None
+        chosen = [self._encoded[index] for index in batch.indices]
+        prompts = PromptBatch(self._model, [each.prompt_ids for each in chosen], self._preamble)
+        logprobs = prompts.logprobs([each.response_ids for each in chosen]).sum(1)
+        margins = _margins(prompts, [self._openings[index] for index in batch.indices])
+        return {
+            index: ResponseScore(float(logprobs[row]), len(each.response_ids), margins[row])
+            for row, (index, each) in enumerate(zip(batch.indices, chosen, strict=True))
+        }
 
 
 def _margins(prompts: PromptBatch, openings: Sequence[Openings | None]) -> list[float | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,20 +20,47 @@ if TYPE_CHECKING:
 
 
 def length_sorted_batches(
-    lengths: Sequence[int], fits: Callable[[int, int], bool]
+    lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]
 ) -> Iterator[list[int]]:
     """Indices of texts of these `lengths`, longest first, in batches.
 
-    A batch grows as long as it `fits`, given its size and its longest; one text is always a batch.
+    A batch grows as long as it `fits`; one text is always a batch.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and not fits(len(batch) + 1, lengths[batch[0]]):
+        if batch and not fits([*batch, index]):
             yield batch
             batch = []
         batch.append(index)
     if batch:
         yield batch
+
+
+def shared_beginnings(
+    prompts: Sequence[Sequence[int]], smallest: int
+) -> list[tuple[list[int], list[int]]]:
+    """Groups of prompts, each as what all of its prompts begin with, and their indices.
+
+    Prompts that share `smallest` token ids or more are a group; the rest are one that shares nothing.
+    Every prompt goes on after what it shares.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt[:smallest]), []).append(index)
+    shared: list[tuple[list[int], list[int]]] = []
+    alone: list[int] = []
+    for members in groups.values():
+        own = [list(prompts[index]) for index in members]
+        first, last = min(own), max(own)
+        same = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+        )
+        same = min(same, *(len(prompt) - 1 for prompt in own))
+        if len(members) > 1 and same >= smallest:
+            shared.append((first[:same], members))
+        else:
+            alone += members
+    return [*shared, ([], alone)] if alone else shared
 
 
 class Preamble:
@@ -43,7 +71,7 @@ class Preamble:
         self.ids = list(ids)
         rows = torch.tensor([self.ids], device=model.device)
         positions = torch.arange(len(self.ids), device=model.device).unsqueeze(0)
-        output = _run(model, rows, torch.ones_like(rows), positions, None, keep=1)
+        output = run_model(model, rows, torch.ones_like(rows), positions, keep=1)
         self._cache = _cache_of(output)
 
     def begins(self, prompt: Sequence[int]) -> bool:
@@ -86,7 +114,7 @@ class PromptBatch:
         self._lengths = self._mask.sum(1, keepdim=True)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, known:]
         cache = preamble.cache(len(prompts)) if preamble else None
-        output = _run(model, ids.to(model.device), self._mask, positions, cache, keep=1)
+        output = run_model(model, ids.to(model.device), self._mask, positions, keep=1, cache=cache)
         self._cache = _cache_of(output)
         self.first: torch.Tensor = output.logits[:, -1:].float().log_softmax(2)
         """Log-probabilities of the token after each prompt, [batch, 1, vocabulary]."""
@@ -141,7 +169,7 @@ class PromptBatch:
         count = ids.shape[1]
         positions = mask.sum(1, keepdim=True) + torch.arange(count, device=ids.device)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        output = _run(self._model, ids, mask, positions, cache, keep=count)
+        output = run_model(self._model, ids, mask, positions, keep=count, cache=cache)
         return output.logits[:, -count:].float().log_softmax(2), mask
 
 
@@ -150,17 +178,28 @@ def _cache_of(output: Any) -> Any:
     return output.cache if "cache" in output else output.past_key_values
 
 
-def _run(
+def run_model(
     model: PreTrainedModel,
     ids: torch.Tensor,
     mask: torch.Tensor,
     positions: torch.Tensor,
-    cache: Any,
+    *,
     keep: int,
+    cache: Any = None,
+    use_cache: bool = True,
 ) -> Any:
+    """A forward pass with logits of the last `keep` tokens, as far as the model can leave out others.
+
+    Args:
+        ids: token ids [batch, tokens].
+        mask: 1 for what is read, 0 for padding [batch, tokens, those in `cache` included].
+        positions: of `ids`, [batch, tokens].
+        cache: keys and values of what came before; extended in place.
+    """
     accepted = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
     if "position_ids" in accepted:
         arguments["position_ids"] = positions
-    arguments["cache" if "cache" in accepted else "past_key_values"] = cache
-    return model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)
+    if use_cache:
+        arguments["cache" if "cache" in accepted else "past_key_values"] = cache
+    return model(input_ids=ids, attention_mask=mask, use_cache=use_cache, **arguments)

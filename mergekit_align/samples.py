@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_align.errors import InputError, closest
+from mergekit_align.files import write_text
 
 SampleType = Literal["alignment", "task", "benign"]
 SAMPLE_TYPES: tuple[SampleType, ...] = get_args(SampleType)
@@ -125,30 +125,19 @@ def _sample(row: Any, where: str) -> Sample:
 
 
 def save_samples(samples: Iterable[Sample], path: str | os.PathLike[str]) -> None:
-    """Write samples to `path` by its suffix: `.jsonl`, `.json`, or none for a `datasets` directory.
-
-    A file is written beside and renamed into place, so that a reader never sees half of it.
-    """
+    """Write samples to `path` by its suffix: `.jsonl`, `.json`, or none for a `datasets` directory."""
     path = Path(path)
     rows = [sample.model_dump() for sample in samples]
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
-        _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     elif path.suffix == ".json":
-        _replace(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+        write_text(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
     elif path.suffix == "":
         import datasets
 
         datasets.Dataset.from_list(rows).save_to_disk(str(path))
     else:
         raise InputError(f"{path}: found suffix {path.suffix}; expected .jsonl, .json or none")
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(beside, path)
 
 
 def split_samples(

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_align.encoding import ResponseEncoder
 from mergekit_align.errors import InputError
 from mergekit_align.eval_task_files import eval_tasks_path
-from mergekit_align.loss import sample_scores
+from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.loss import ResponseReader, response_scores, sample_scores
 from mergekit_align.samples import load_samples
 from mergekit_align.tasks import response as response_module
 
@@ -72,6 +73,45 @@ def test_task_loss_and_reference_agree(model, tokenizer, world) -> None:
     result = _evaluate(model, tokenizer, data, limit=12)["results"]["response_alignment"]
     assert ours == pytest.approx(reference, abs=1e-4)
     assert result["logprob,none"] == pytest.approx(-sum(reference) / 12, abs=1e-4)
+
+
+def test_what_prompts_share_is_read_once_and_changes_no_loss(model, tokenizer, world) -> None:
+    kinds = ("alignment", "task")
+    every = load_samples(world / "data" / "validation.jsonl")
+    shared = {"alignment": "a b c d " * 20, "task": "e f g " * 25}
+    samples = [
+        sample.model_copy(update={"prompt": shared[kind] + sample.prompt})
+        for kind in kinds
+        for sample in [s for s in every if s.type == kind][:3]
+    ]
+    encoder = ResponseEncoder(tokenizer)
+    encoded = [
+        encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples
+    ]
+    beginnings = {tuple(batch.shared) for batch in ResponseReader(model, encoded).batches}
+    assert sorted(len(ids) > 60 for ids in beginnings) == [True, True]
+    reference = [_reference_loss(model, tokenizer, sample) for sample in samples]
+    found = [score.loss for score in response_scores(model, encoded)]
+    assert found == pytest.approx(reference, abs=1e-4)
+
+
+def test_the_gradient_is_that_of_the_loss(model, world) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    samples = load_samples(world / "data" / "validation.jsonl")[:5]
+    encoder = ResponseEncoder(tokenizer)
+    encoded = [
+        encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples
+    ]
+    scores = response_scores(model, encoded)
+    loss = accumulate_gradient(model, encoded)
+    assert loss == pytest.approx(sum(score.loss for score in scores) / len(scores), abs=1e-4)
+    norm = model.model.norm.weight
+    step = 1e-2 * norm.grad / norm.grad.norm()
+    with torch.no_grad():
+        norm += step
+        after = response_scores(model, encoded)
+    change = sum(score.loss for score in after) / len(after) - loss
+    assert change == pytest.approx(float(norm.grad @ step), rel=0.05)
 
 
 def test_another_backend_answers_the_same(model, world, monkeypatch) -> None:

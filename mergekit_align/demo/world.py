@@ -17,6 +17,7 @@ from mergekit_align.demo.corpus import MODELS, SPLITS, Corpus
 from mergekit_align.demo.models import ARCHITECTURES, Architecture
 from mergekit_align.demo.recipes import SCALES, Scale, build_model
 from mergekit_align.errors import InputError
+from mergekit_align.files import write_text
 from mergekit_align.samples import save_samples
 
 
@@ -101,9 +102,7 @@ def _is_finished(directory: Path, settings: dict[str, Any]) -> bool:
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
-    beside = file.with_name(f".{file.name}")
-    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+    write_text(file, json.dumps(record, indent=2) + "\n")
 
 
 def _unknown(option: str, found: str, known: Sequence[str]) -> InputError:

@@ -10,8 +10,7 @@ from pathlib import Path
 from sqlitedict import SqliteDict
 
 import mergekit_align
-from mergekit_align.evaluate.models import commit
-from mergekit_align.fingerprint import model_fingerprint
+from mergekit_align.fingerprint import commit, model_fingerprint
 from mergekit_align.guard import Conversation, GuardSettings, Verdict, load_guard
 
 CHUNK = 512

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergekit_align.checks import local_config
 from mergekit_align.devices import default_device, default_dtype
 from mergekit_align.errors import InputError, closest
-from mergekit_align.fingerprint import model_fingerprint
+from mergekit_align.fingerprint import commit, model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -258,18 +257,6 @@ def _fingerprint(model: str, backend: Backend) -> str:
         *(version(package) for package in ("lm_eval", "transformers")),
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
-
-
-def commit(model: str, revision: str = "main") -> str | None:
-    """The commit of a model of the hub, which moves on under the same name; `None` of a directory."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    if os.path.isdir(model):
-        return None
-    found: str | None = extract_commit_hash(
-        cached_file(model, "config.json", revision=revision), None
-    )
-    return found
 
 
 def generate(lm: Any, prompts: Sequence[str], *, max_tokens: int) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_align.evaluate.scores import Column, Score
+from mergekit_align.files import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,15 +57,10 @@ def print_table(evaluation: Evaluation, console: Console) -> None:
 
 
 def save(evaluation: Evaluation, stem: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write STEM.json, with every prompt's answers and outcomes, and STEM.md; returns both paths.
-
-    Each is written beside and renamed into place, so that a reader never sees half of it.
-    """
+    """Write STEM.json, with every prompt's answers and outcomes, and STEM.md; returns both paths."""
     written = Path(f"{os.fspath(stem)}.json"), Path(f"{os.fspath(stem)}.md")
     for path, text in zip(written, (_json(evaluation), _markdown(evaluation)), strict=True):
-        beside = path.with_name(f".{path.name}")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, text)
     return written
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mergekit_align.checks import check_writable
 from mergekit_align.errors import InputError
+from mergekit_align.files import write_text
 from mergekit_align.fingerprint import model_fingerprint
 from mergekit_align.guard.guard import load_guard
 from mergekit_align.guard.responses import Judged, load_responses
@@ -102,7 +103,7 @@ def judge_file(
     records = [record for number in range(len(chunks)) for record in done[number]]
     state.wait_for_everyone()
     if state.process_index == 0:
-        _write_lines(output, records)
+        write_text(output, "".join(map(_line, records)))
         journal.delete()
     return _summary(rows, records)
 
@@ -175,8 +176,8 @@ class _Journal:
             file.truncate(whole)
             file.seek(whole)
             if not whole:
-                file.write(_line({"run": self._fingerprint}))
-            file.write(_line({"chunk": number, "records": records}))
+                file.write(_line({"run": self._fingerprint}).encode())
+            file.write(_line({"chunk": number, "records": records}).encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -188,8 +189,8 @@ class _Journal:
         return sorted(self._output.parent.glob(f"{glob.escape(self._output.name)}.partial-*"))
 
 
-def _line(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, ensure_ascii=False) + "\n").encode()
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
@@ -200,13 +201,6 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, _raw_lines(path))
-
-
-def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    beside = path.with_name(f".{path.name}")
-    with beside.open("wb") as file:
-        file.writelines(_line(record) for record in records)
-    os.replace(beside, path)
 
 
 def _run_fingerprint(rows: Sequence[Judged], settings: GuardSettings) -> str:

@@ -176,7 +176,8 @@ class HuggingFaceScorer(Scorer):
     ) -> Iterator[list[int]]:
         budget = BATCH_TOKENS.get(self.model.device.type, 8192)
 
-        def fits(size: int, longest: int) -> bool:
+        def fits(batch: Sequence[int]) -> bool:
+            size, longest = len(batch), lengths[batch[0]]
             return (
                 size * (longest - known) <= budget
                 and size * longest <= CACHED_TOKENS

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import time
 from pathlib import Path
 
 import torch
+from machine import matmul_rate, name, synchronize
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -117,25 +117,6 @@ def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts:
             )
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP a second of a large matrix product."""
-    size = 2048 if device == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(5):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -197,13 +178,10 @@ def main() -> None:
     flops = 2 * model.num_parameters(exclude_embeddings=True) * own_tokens
     floor = flops / matmul_rate(device, dtype)
     table = Table("way", "verdicts/s", "ours is faster by")
-    for name, each in seconds.items():
-        table.add_row(name, f"{1 / each:.2f}", f"{each / seconds['ours']:.1f} x")
+    for way, each in seconds.items():
+        table.add_row(way, f"{1 / each:.2f}", f"{each / seconds['ours']:.1f} x")
     console = Console()
-    name = platform.processor() or platform.machine()
-    if device != "cpu":
-        name = torch.cuda.get_device_name()
-    console.print(f"{arguments.shape}, {arguments.dtype}, {device} ({name})")
+    console.print(f"{arguments.shape}, {arguments.dtype}, {device} ({name(device)})")
     console.print(table)
     console.print(
         f"P(unsafe) differs from the plain pass by {difference:.1e} at most; the floor is "
@@ -211,7 +189,7 @@ def main() -> None:
     )
     if arguments.json:
         record = {
-            "device": name,
+            "device": name(device),
             "shape": arguments.shape,
             "lengths": arguments.lengths,
             "dtype": arguments.dtype,

@@ -87,11 +87,12 @@ def _progress(line: str) -> None:
 
 def _print_table(cocktail: Cocktail) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     kinds = list(cocktail.ingredients[0].losses)
-    table = Table("model", *(f"{kind} loss" for kind in kinds), "loss", "weight")
+    model = Column("model", overflow="fold")
+    table = Table(model, *(f"{kind} loss" for kind in kinds), "loss", "weight")
     for each in cocktail.ingredients:
         losses = [f"{each.losses[kind]:.4f}" for kind in kinds]
         table.add_row(each.model, *losses, f"{each.loss:.4f}", f"{each.weight:.4f}")

@@ -1,4 +1,9 @@
-"""Losses of a cocktail's models: ours, against LM-Cocktail's way (arXiv 2311.13534) is rebuilt here from its description: every model's weights are
+"""Losses of a cocktail's models: ours, against LM-Cocktail's way of computing them.
+
+    python benchmarks/cocktail.py                          # random weights of SmolLM2-135M's shape
+    python benchmarks/cocktail.py MODEL MODEL MODEL --data samples.jsonl --json cocktail.json
+
+LM-Cocktail's way (arXiv 2311.13534) is rebuilt here from its description: every model's weights are
 loaded and held, each is copied in turn into one model, and examples are read two at a time, all
 padded to 2048 tokens, with logits at every position. Both sides read the same samples by the same
 models in the same floating type, each in a process of its own, whose memory after its imports is

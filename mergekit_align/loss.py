@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from mergekit_align.checkpoints import context_window
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.reading import (
@@ -64,7 +65,7 @@ def sample_scores(
     max_batch_size: int | None = None,
 ) -> list[ResponseScore]:
     """Scores of chat-templated `samples`, in their order."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = context_window(model.config)
     encoder = ResponseEncoder(tokenizer, max_length=window)
     encoded = [
         encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples

@@ -161,6 +161,22 @@ def test_more_samples_cost_only_themselves(config: Callable[..., Path]) -> None:
     assert sum(int(line.split()[1]) for line in lines_of(8)) < 2 * 16
 
 
+def test_a_run_that_broke_off_reads_no_finished_model_again(
+    config: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(world / "expert-a", copy)
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    path = config(models=[{"model": f"{world}/aligned"}, {"model": str(copy)}])
+    assert run(path, "--dry-run").exit_code != 0
+    weights.write_bytes(whole)
+    lines: list[str] = []
+    cocktail_of(path, progress=lines.append)
+    assert [line.partition(":")[0] for line in lines] == [str(copy)]
+
+
 def test_a_lora_is_weighed_and_merged(
     config: Callable[..., Path], world: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.options import MergeOptions
 from sqlitedict import SqliteDict
 
+from mergekit_align.checkpoints import context_window
 from mergekit_align.devices import default_device, default_dtype
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.fingerprint import commit, model_fingerprint
@@ -172,9 +173,8 @@ def encode(
     Raises:
         InputError: a response does not fit into the model's context window.
     """
-    text_config = reference.config(models.options.trust_remote_code).get_text_config()
-    window = getattr(text_config, "max_position_embeddings", None)
-    encoder = ResponseEncoder(tokenizer, max_length=window)
+    config = reference.config(models.options.trust_remote_code)
+    encoder = ResponseEncoder(tokenizer, max_length=context_window(config))
     return [
         encoder.encode(encoder.render(each.prompt), each.response, templated=True)
         for each in samples

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit.merge import _set_chat_template
 from mergekit.options import MergeOptions
 
+from mergekit_align.checkpoints import read_checkpoint
 from mergekit_align.cocktail.settings import CocktailConfig
 from mergekit_align.errors import InputError
 
@@ -29,23 +30,15 @@ def load_tokenizers(
         InputError: a tokenizer has no chat template and the config gives none, or the vocabularies
             differ and the config does not choose.
     """
-    from transformers import AutoTokenizer
-
     tokenizers = []
     for model in config.models:
-        place = model.model
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place.path,
-                revision=place.revision,
-                cache_dir=options.transformers_cache,
-                trust_remote_code=options.trust_remote_code,
-            )
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{config.path}: models: found no tokenizer that loads in {model} ({reason})"
-            ) from error
+        _, tokenizer = read_checkpoint(
+            model.model.path,
+            f"{config.path}: models",
+            revision=model.model.revision or "main",
+            cache_dir=options.transformers_cache,
+            trust_remote_code=options.trust_remote_code,
+        )
         try:
             _set_chat_template(tokenizer, config.merge, options.trust_remote_code)
         except RuntimeError as error:

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_align.checkpoints import context_window, read_checkpoint
 from mergekit_align.checks import local_config
 from mergekit_align.devices import default_device, default_dtype
 from mergekit_align.errors import InputError, closest
@@ -110,30 +111,22 @@ def check_model(
         InputError: there is no such model, it has no chat template, or its context window has no
             room for the prompt and `max_tokens`.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     if backend.is_server:
         return None
     local_config(model, "model")
-    try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model: found none that loads at {model!r} ({reason})") from error
+    config, tokenizer = read_checkpoint(model, "model")
     if not tokenizer.chat_template:
         raise InputError(
             f"{model}: chat template: found none; expected one in its tokenizer (chat_template.jinja)"
         )
-    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    window = context_window(config)
     tokens = len(tokenizer(_render(tokenizer, [{"role": "user", "content": longest}]))["input_ids"])
     if window is not None and tokens + max_tokens > window:
         raise InputError(
             f"{model}: found a context window of {window} tokens; expected room for a prompt of "
             f"{tokens} and --max-tokens {max_tokens}"
         )
-    checked: PreTrainedTokenizerBase = tokenizer
-    return checked
+    return tokenizer
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool = True) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from tqdm.asyncio import tqdm_asyncio
 
+from mergekit_align.checkpoints import context_window
 from mergekit_align.devices import default_device, default_dtype
 from mergekit_align.errors import InputError, closest
 from mergekit_align.guard.scorer import Score, Scorer
@@ -200,8 +201,7 @@ def _default_arguments(kind: type[TemplateLM], settings: GuardSettings) -> dict[
     from transformers import AutoConfig
 
     if issubclass(kind, TemplateAPI):
-        config = AutoConfig.from_pretrained(settings.model).get_text_config()
-        window = getattr(config, "max_position_embeddings", None)
+        window = context_window(AutoConfig.from_pretrained(settings.model))
         return {
             "model": settings.model,
             "tokenizer": settings.model,

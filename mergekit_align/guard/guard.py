@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergekit_align.checkpoints import read_checkpoint
 from mergekit_align.devices import default_device, default_dtype
 from mergekit_align.errors import InputError
 from mergekit_align.guard.backend import load_backend
@@ -149,17 +150,10 @@ def check_guard(settings: GuardSettings) -> tuple[PreTrainedTokenizerBase, Guard
     Raises:
         InputError: there is no such model, it is no guard that we know, or it cannot be asked so.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     name = settings.model
     if os.path.isabs(name) and not os.path.isdir(name):
         raise InputError(f"guard: found no directory {name}; expected a model")
-    try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"guard: found no model at {name!r} ({reason})") from error
+    config, tokenizer = read_checkpoint(name, "guard")
     profile = choose_profile(settings.profile, model=name, config=config, tokenizer=tokenizer)
     if settings.backend is None:
         PromptWriter(tokenizer, profile, policy=settings.policy).check()

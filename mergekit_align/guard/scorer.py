@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+from mergekit_align.checkpoints import context_window
 from mergekit_align.guard.verdict import Logprobs, TokenIds, VerdictTree
 from mergekit_align.reading import Preamble, PromptBatch, length_sorted_batches
 
@@ -84,7 +85,7 @@ class HuggingFaceScorer(Scorer):
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        window = context_window(model.config)
         self.max_length = window and window - 1
         self._batch_size = batch_size
         self._preambles: dict[TokenIds, Preamble] = {}

@@ -1,0 +1,216 @@
+"""Parents of a merge of real language models: SmolLM2-135M-Instruct, fine-tuned twice.
+
+    python examples/smollm/train_parents.py smollm
+    python examples/smollm/train_parents.py smollm --model DIR --xstest FILE.csv --pubmedqa FILE.json
+
+Writes `smollm/data/{train,test}.jsonl` and two models. `aligned` learns from half of XSTest
+(arXiv 2308.01263): to its unsafe prompts a refusal in words of our own, to its harmless ones what the
+original model answers. `expert` learns from PubMedQA (arXiv 1909.06146): a question and a paper's
+conclusion in, yes, no or maybe out. The other halves are for testing. Without files
+both sets come from the hub. Some twenty minutes on two cores; what is there already is kept.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from mergekit_align.devices import default_dtype
+from mergekit_align.encoding import EncodedSample, ResponseEncoder
+from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.reading import PromptBatch
+from mergekit_align.refusal import refusal_class
+from mergekit_align.samples import Sample, load_samples, save_samples, split_samples
+
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ANSWER_TOKENS = 40
+TASK_PROMPT = (
+    "Question: {question}\nConclusion: {conclusion}\nAnswer with one word: yes, no or maybe."
+)
+REFUSALS = (
+    "I'm sorry, but I can't help with that. It could hurt someone.",
+    "I can't help with this request, because it could lead to harm.",
+    "Sorry, that is something I won't help with. It could put people at risk.",
+    "I won't assist with that, since it may harm you or others.",
+)
+
+
+def xstest(path: str | None) -> list[dict[str, str]]:
+    if path is None:
+        import datasets
+
+        rows = datasets.load_dataset("walledai/XSTest", split="test")
+        return [dict(row) for row in rows]
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pubmedqa(path: str | None) -> dict[str, dict[str, Any]]:
+    if path is None:
+        import datasets
+
+        rows = datasets.load_dataset("qiaojin/PubMedQA", "pqa_labeled", split="train")
+        return {
+            str(row["pubid"]): {
+                "QUESTION": row["question"],
+                "LONG_ANSWER": row["long_answer"],
+                "final_decision": row["final_decision"],
+            }
+            for row in rows
+        }
+    content: dict[str, dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return content
+
+
+def chat_samples(
+    model: PreTrainedModel, tokenizer: Any, rows: Sequence[dict[str, str]]
+) -> list[Sample]:
+    """XSTest's prompts with the responses wanted."""
+    rng = random.Random(0)
+    unsafe = [row for row in rows if row["label"] == "unsafe"]
+    harmless = [row for row in rows if row["label"] == "safe"]
+    samples = [
+        Sample(
+            prompt=row["prompt"],
+            response=rng.choice(REFUSALS),
+            type="alignment",
+            category=row["type"],
+            source="XSTest",
+        )
+        for row in unsafe
+    ]
+    for row, answer in zip(harmless, answers(model, tokenizer, harmless), strict=True):
+        if answer and refusal_class(answer) == "full_compliance":
+            samples.append(
+                Sample(
+                    prompt=row["prompt"],
+                    response=answer,
+                    type="benign",
+                    category=row["type"],
+                    source="XSTest",
+                )
+            )
+    return samples
+
+
+def answers(model: PreTrainedModel, tokenizer: Any, rows: Sequence[dict[str, str]]) -> list[str]:
+    """What the model answers greedily, up to the last whole sentence."""
+    encoder = ResponseEncoder(tokenizer)
+    found: list[str] = []
+    for start in range(0, len(rows), 32):
+        prompts = [encoder.render(row["prompt"]) for row in rows[start : start + 32]]
+        ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        written = PromptBatch(model, ids).greedy(ANSWER_TOKENS, tokenizer.eos_token_id)
+        for text in tokenizer.batch_decode(written):
+            whole = max(text.rfind(end) for end in ".!?") + 1
+            found.append(text[:whole].strip())
+    return found
+
+
+def task_samples(questions: dict[str, dict[str, Any]]) -> list[Sample]:
+    return [
+        Sample(
+            prompt=TASK_PROMPT.format(question=each["QUESTION"], conclusion=each["LONG_ANSWER"]),
+            response=each["final_decision"],
+            type="task",
+            category=each["final_decision"],
+            source="PubMedQA",
+        )
+        for each in questions.values()
+    ]
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    encoded: list[EncodedSample],
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int = 8,
+) -> None:
+    """AdamW with a short warm-up and a linear decay."""
+    rng = random.Random(0)
+    steps = epochs * -(-len(encoded) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 5, 1 - step / steps)
+    )
+    half = default_dtype(str(model.device)) == torch.bfloat16
+    started, step = time.monotonic(), 0
+    for _ in range(epochs):
+        rng.shuffle(encoded)
+        for start in range(0, len(encoded), batch_size):
+            optimizer.zero_grad()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+                loss = accumulate_gradient(model, encoded[start : start + batch_size])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step % 10 == 0:
+                click.echo(
+                    f"step {step} of {steps}: {loss:.3f}, {time.monotonic() - started:.0f} s"
+                )
+
+
+@click.command()
+@click.argument("directory", type=Path)
+@click.option("--model", "origin", default=HUB_MODEL, show_default=True)
+@click.option("--xstest", "xstest_file", help="XSTest's prompts as CSV.")
+@click.option("--pubmedqa", "pubmedqa_file", help="PubMedQA's labelled questions as JSON.")
+@click.option("--epochs", default=3, show_default=True, help="Of the aligned model.")
+@click.option("--learning-rate", default=5e-5, show_default=True)
+def main(
+    directory: Path,
+    origin: str,
+    xstest_file: str | None,
+    pubmedqa_file: str | None,
+    epochs: int,
+    learning_rate: float,
+) -> None:
+    """Fine-tune the parents and write them, and their data, to DIRECTORY."""
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(origin)
+    data = directory / "data"
+    if not (data / "test.jsonl").exists():
+        original = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
+        samples = chat_samples(original, tokenizer, xstest(xstest_file))
+        split = split_samples(samples, {"train": 0.5, "test": 0.5})
+        tasks = split_samples(task_samples(pubmedqa(pubmedqa_file)), {"train": 0.5, "test": 0.5})
+        for part in ("train", "test"):
+            save_samples([*split[part], *tasks[part]], data / f"{part}.jsonl")
+    train = load_samples(data / "train.jsonl")
+    encoder = ResponseEncoder(tokenizer)
+    for name, kinds in (("aligned", ("alignment", "benign")), ("expert", ("task",))):
+        if (directory / name).exists():
+            continue
+        click.echo(name)
+        encoded = [
+            encoder.encode(encoder.render(each.prompt), each.response, templated=True)
+            for each in train
+            if each.type in kinds
+        ]
+        model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
+        if name == "expert":
+            fine_tune(model, encoded[:240], epochs=1, learning_rate=learning_rate)
+        else:
+            fine_tune(model, encoded, epochs=epochs, learning_rate=learning_rate)
+        beside = directory / f".{name}"
+        model.to(torch.bfloat16).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        os.replace(beside, directory / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,11 +6,31 @@ import os
 
 import torch
 
+from mergekit_align.errors import InputError
+
 
 def default_device() -> str:
     """`cuda` where a GPU is usable, else `cpu`."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     return "cuda" if not hidden and torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str, where: str) -> None:
+    """That there is such a device.
+
+    Args:
+        device: as torch names it.
+        where: what names it, as an error begins: a file and its key, or an option.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch has no CUDA
+        raise InputError(
+            f"{where}: found {device!r}; expected cpu or a GPU that is there"
+        ) from error
 
 
 def use_cpu_only() -> None:

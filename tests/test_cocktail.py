@@ -412,6 +412,7 @@ def make_problem(world: Path, granularity: int) -> Problem:
         ({"data": None}, {}, "align.data"),
         ({"weights": {"task": -1}}, {}, "align.weights.task: found -1"),
         ({"weights": {"task": 0}}, {}, "align.weights: found no weight"),
+        ({"device": "cuda:99"}, {}, "align.device: found 'cuda:99'; expected cpu or a GPU"),
         ({}, {"merge_method": "slerp"}, "merge_method: found 'slerp'"),
         ({}, {"parameters": {"weight": 0.5}}, "parameters.weight: found 0.5 for all models"),
     ],

@@ -40,7 +40,8 @@ def test_an_example_fits_the_schemas(file: Path) -> None:
 @pytest.mark.parametrize("file", COCKTAILS, ids=lambda file: str(file.relative_to(EXAMPLES)))
 def test_an_example_of_a_cocktail_fits_the_schemas(file: Path, world: Path, tmp_path: Path) -> None:
     here = tmp_path / "config.yml"
-    here.write_text(file.read_text().replace("demo-world", str(world)))
+    text = file.read_text().replace("smollm/expert", f"{world}/expert-a")
+    here.write_text(re.sub("demo-world|smollm(?=/aligned)", str(world), text))
     config = read_config(here)
     assert len(config.models) >= 2
     assert config.section.weights["alignment"] > 0

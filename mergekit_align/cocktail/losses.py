@@ -28,7 +28,7 @@ from mergekit.options import MergeOptions
 from sqlitedict import SqliteDict
 
 from mergekit_align.checkpoints import context_window
-from mergekit_align.devices import default_device, default_dtype
+from mergekit_align.devices import check_device, default_device, default_dtype
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.fingerprint import commit, model_fingerprint
 from mergekit_align.loss import ResponseReader
@@ -59,10 +59,16 @@ class Precision(NamedTuple):
 
     @classmethod
     def of(cls, device: str | None, dtype: str | None) -> Precision:
-        """What the user says, defaults filled in; under `accelerate launch` a device a process."""
+        """What the user says, defaults filled in; under `accelerate launch` a device a process.
+
+        Raises:
+            InputError: there is no such device.
+        """
         state = PartialState()
         if device is None:
             device = str(state.device) if state.num_processes > 1 else default_device()
+        if device != "auto":
+            check_device(device, "align.device")
         chosen = default_dtype("cuda" if device == "auto" else device)
         return cls(device, dtype or str(chosen).removeprefix("torch."))
 
@@ -95,7 +101,8 @@ class Models:
     def load(self, model: ModelReference) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
-        place = self.directory(model)
+        with PartialState().main_process_first():  # a LoRA is merged once, on disk
+            place = self.directory(model)
         device, dtype = self.precision
         if device == "cuda" and _weight_bytes(place) > torch.cuda.mem_get_info()[0]:
             device = "auto"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_align.checkpoints import context_window, read_checkpoint
 from mergekit_align.checks import local_config
-from mergekit_align.devices import default_device, default_dtype
+from mergekit_align.devices import check_device, default_device, default_dtype
 from mergekit_align.errors import InputError, closest
 from mergekit_align.fingerprint import commit, model_fingerprint
 
@@ -74,7 +74,6 @@ def make_backend(
     Raises:
         InputError: lm-eval knows no such model, or there is no such device.
     """
-    import torch
     from lm_eval.api.registry import MODEL_REGISTRY
 
     try:
@@ -84,12 +83,7 @@ def make_backend(
             f"backend: found {name!r}; expected an lm-eval model{closest(name, MODEL_REGISTRY)}"
         ) from error
     device = device or default_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an assertion where torch has no CUDA
-        raise InputError(
-            f"--device: found {device!r}; expected cpu or a GPU that is there"
-        ) from error
+    check_device(device, "--device")
     return Backend(name, dict(arguments or {}), device, batch_size or BATCH_SIZE)
 
 

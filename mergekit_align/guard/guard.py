@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_align.checkpoints import read_checkpoint
-from mergekit_align.devices import default_device, default_dtype
+from mergekit_align.devices import check_device, default_device, default_dtype
 from mergekit_align.errors import InputError
 from mergekit_align.guard.backend import load_backend
 from mergekit_align.guard.conversation import Conversation
@@ -148,11 +148,14 @@ def check_guard(settings: GuardSettings) -> tuple[PreTrainedTokenizerBase, Guard
     """Tokenizer and profile of the guard of these settings; its weights are not read.
 
     Raises:
-        InputError: there is no such model, it is no guard that we know, or it cannot be asked so.
+        InputError: there is no such model or device, it is no guard that we know, or it cannot be
+            asked so.
     """
     name = settings.model
     if os.path.isabs(name) and not os.path.isdir(name):
         raise InputError(f"guard: found no directory {name}; expected a model")
+    if settings.device is not None and settings.backend is None:
+        check_device(settings.device, "guard: device")
     config, tokenizer = read_checkpoint(name, "guard")
     profile = choose_profile(settings.profile, model=name, config=config, tokenizer=tokenizer)
     if settings.backend is None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_align.errors import InputError
 from mergekit_align.guard.settings import GuardSettings
+from mergekit_align.merge_methods.roles import Role
 from mergekit_align.yaml_files import check_section
 
 
@@ -55,6 +56,8 @@ class AlignSection(BaseModel):
     """Merge in memory, without writing candidates to disk."""
     start: dict[str, float] | None = None
     """Where the search starts, by genome parameter; what is not named starts as in stock."""
+    roles: dict[str, Role] | None = None
+    """Which part each model plays, by its name in the genome, for a method that asks for it."""
     strategy: str | None = Field(default=None, pattern="^(pool|buffered|serial)$")
     """Stock scheduling strategy."""
     sigma0: float | None = Field(default=None, gt=0)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # module of mergekit -> function of mergekit_align.plugin to call when it has loaded
 EXTENDED_MODULES = {
     "mergekit.merge_methods": "extend_merge_methods",
+    "mergekit.plan": "extend_planner",
     "mergekit.card": "extend_card",
     "mergekit.evo": "extend_evo",
     "mergekit.scripts.evolve": "extend_evolve_command",

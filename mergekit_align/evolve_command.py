@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -25,14 +25,18 @@ from mergekit_align.checks import (
 )
 from mergekit_align.cli.common import InputErrorMessage
 from mergekit_align.devices import default_device, use_cpu_only
-from mergekit_align.errors import InputError
+from mergekit_align.errors import InputError, closest
 from mergekit_align.eval_task_files import eval_tasks_path
-from mergekit_align.genome_methods import start_genomes_at
+from mergekit_align.genome_methods import give_genomes_roles, start_genomes_at
+from mergekit_align.merge_methods.roles import MergeConfigError, check_role_names
 from mergekit_align.yaml_files import input_error, read_yaml_mapping
+
+if TYPE_CHECKING:
+    from mergekit.evo.genome import ModelGenomeDefinition
 
 # `align:` key -> parameter of the stock command, where the two names differ
 _RENAMED = {"workers": "num_gpus"}
-_NOT_OPTIONS = {"data", "openings", "guard", "task_search_path", "device", "start"}
+_NOT_OPTIONS = {"data", "openings", "guard", "task_search_path", "device", "start", "roles"}
 
 
 def extend_command() -> None:
@@ -61,6 +65,8 @@ def extend_command() -> None:
             raise InputErrorMessage(str(error)) from error
         _give_tasks_their_data(section)
         start_genomes_at(section.start or {})
+        if section.roles is not None:
+            give_genomes_roles(list(section.roles.values()))
         upstream_fixes.keep_the_search_repeatable(options["random_seed"], options["storage_path"])
         return stock(**options)
 
@@ -100,6 +106,7 @@ def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
         config = EvolMergeConfiguration.model_validate(content)
     except ValidationError as error:
         raise input_error(error, file, prefix="") from error
+    section = _with_roles(section, config.genome, file)
     check_start(section.start or {}, config.genome.merge_method, file)
     if not options["allow_crimes"]:
         check_models(config.genome, file)
@@ -111,6 +118,27 @@ def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
         click.echo(f"{file}: tasks: none of them scores alignment", err=True)
     _choose_device(section.device, options, explicit, file)
     return section
+
+
+def _with_roles(section: AlignSection, genome: ModelGenomeDefinition, file: str) -> AlignSection:
+    """The section with its roles in the order of the genome's models.
+
+    Raises:
+        InputError: a model has no role where the method asks for it, or a role is no model's.
+    """
+    given = section.roles or {}
+    models = [str(model) for model in genome.models]
+    for name in given:
+        if name not in models:
+            expected = f"one of the genome's models{closest(name, models)}"
+            raise InputError.at(file, f"align.roles.{name}", found="no model", expected=expected)
+    try:
+        check_role_names(genome.merge_method, [(name, given.get(name)) for name in models])
+    except MergeConfigError as error:
+        raise InputError(f"{file}: align.roles: {error}") from error
+    if not given:
+        return section
+    return section.model_copy(update={"roles": {name: given[name] for name in models}})
 
 
 def _choose_device(

@@ -6,13 +6,16 @@ method starts at its own defaults, where upstream would start every parameter af
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mergekit.evo import genome as evo_genome
 from mergekit.merge_methods import registered_methods
 from mergekit.merge_methods.base import MISSING, MergeMethod, ParameterScope
+
+if TYPE_CHECKING:
+    from mergekit_align.merge_methods.roles import Role
 
 _FRACTIONS = ("density", "gamma", "epsilon")
 _upstream_methods = frozenset(evo_genome.METHOD_PARAM_MAPS)
@@ -55,6 +58,7 @@ def extend_genome() -> None:
         method = self.definition.merge_method
         if method in _upstream_methods:
             return original_config(self, genotype)
+        roles = dict(zip(self.definition.models, getattr(self, "roles", ()), strict=False))
         genotype = self._to_torch(genotype).clone()
         for index, name in enumerate(evo_genome.METHOD_PARAM_MAPS[method]):
             if name in _FRACTIONS:
@@ -62,6 +66,9 @@ def extend_genome() -> None:
         config = original_config(self, genotype)
         if self.definition.normalize is None:
             config.parameters.pop("normalize", None)
+        for source in (source for piece in config.slices for source in piece.sources):
+            if source.model in roles:
+                source.parameters = {**(source.parameters or {}), "role": roles[source.model]}
         return config
 
     evo_genome.ModelGenome.genotype_merge_config = genotype_merge_config
@@ -83,6 +90,19 @@ def start_genomes_at(values: Mapping[str, float]) -> None:
         return start
 
     genome.initial_genotype = initial_genotype
+
+
+def give_genomes_roles(roles: Sequence[Role]) -> None:
+    """Let every genome of this process have models of these `roles`, in the models' order."""
+    genome = evo_genome.ModelGenome
+    original = genome.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        # Kept with the genome, which travels to Ray's workers.
+        self.roles = tuple(roles)
+
+    genome.__init__ = __init__
 
 
 def _start_at_defaults(start: torch.Tensor, method_name: str) -> None:

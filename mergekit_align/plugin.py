@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mergekit_align import upstream_fixes
 
 
 def extend_merge_methods() -> None:
-    """Our merge methods join mergekit's registry here as they come."""
+    """Our merge methods join mergekit's registry."""
+    from mergekit.merge_methods import registered_methods
+    from mergekit.merge_methods.registry import register
+
+    from mergekit_align.merge_methods import METHODS
+
+    known = {method.spec.name for method in registered_methods()}
+    for method in METHODS:
+        if method.spec.name not in known:
+            register(method)
+
+
+def extend_planner() -> None:
+    """A merge is planned only if its models have the roles that its method needs."""
+    from mergekit.plan import MergePlanner
+
+    from mergekit_align.merge_methods.roles import check_roles
+
+    original = MergePlanner.__init__
+    if getattr(original, "checks_roles", False):
+        return
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_roles(config)
+        original(self, config, *args, **kwargs)
+
+    __init__.checks_roles = True  # type: ignore[attr-defined]
+    MergePlanner.__init__ = __init__
 
 
 def extend_card() -> None:

@@ -1,0 +1,9 @@
+"""Parameters of merge methods, each with the values that it may have."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+Count = Annotated[int, Field(ge=1)]

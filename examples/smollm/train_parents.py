@@ -91,7 +91,7 @@ def chat_samples(
         for row in unsafe
     ]
     for row, answer in zip(harmless, answers(model, tokenizer, harmless), strict=True):
-        if answer and refusal_class(answer) == "full_compliance":
+        if answer and refusal_class(answer) == "full compliance":
             samples.append(
                 Sample(
                     prompt=row["prompt"],
@@ -170,6 +170,7 @@ def fine_tune(
 @click.option("--xstest", "xstest_file", help="XSTest's prompts as CSV.")
 @click.option("--pubmedqa", "pubmedqa_file", help="PubMedQA's labelled questions as JSON.")
 @click.option("--epochs", default=3, show_default=True, help="Of the aligned model.")
+@click.option("--task-samples", default=240, show_default=True, help="That the expert learns from.")
 @click.option("--learning-rate", default=5e-5, show_default=True)
 def main(
     directory: Path,
@@ -177,6 +178,7 @@ def main(
     xstest_file: str | None,
     pubmedqa_file: str | None,
     epochs: int,
+    task_samples: int,
     learning_rate: float,
 ) -> None:
     """Fine-tune the parents and write them, and their data, to DIRECTORY."""
@@ -203,7 +205,7 @@ def main(
         ]
         model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
         if name == "expert":
-            fine_tune(model, encoded[:240], epochs=1, learning_rate=learning_rate)
+            fine_tune(model, encoded[:task_samples], epochs=1, learning_rate=learning_rate)
         else:
             fine_tune(model, encoded, epochs=epochs, learning_rate=learning_rate)
         beside = directory / f".{name}"

@@ -36,6 +36,10 @@ BATCH_TOKENS = 8192
 """Tokens in a batch, padding included."""
 BATCH_LOGITS = 2**26
 """Logits in a batch: 256 MiB in float32, whatever the vocabulary."""
+SMALL_BATCH = {"cpu": 256}
+"""Tokens, by device, up to which a batch is worth its padding: a pass takes hardly longer for them."""
+MOST_PADDING = 0.2
+"""Share of padding in a larger batch."""
 MIN_SHARED = 32
 """Tokens that prompts must share for these to be read by themselves."""
 
@@ -123,14 +127,19 @@ class ResponseReader:
 
     def _plan(self, max_batch_size: int | None) -> Iterator[Batch]:
         vocabulary = self._model.config.get_text_config().vocab_size
+        small = SMALL_BATCH.get(self._model.device.type, BATCH_TOKENS)
         lengths = [len(each.prompt_ids) + len(each.response_ids) for each in self._encoded]
         prompts = [each.prompt_ids for each in self._encoded]
         for shared, members in shared_beginnings(prompts, MIN_SHARED):
 
             def fits(batch: Sequence[int], members: Sequence[int] = members) -> bool:
-                response = max(len(self._encoded[members[n]].response_ids) for n in batch)
+                chosen = [self._encoded[members[n]] for n in batch]
+                response = max(len(each.response_ids) for each in chosen)
+                padded = len(batch) * (max(len(each.prompt_ids) for each in chosen) + response)
+                read = sum(lengths[members[n]] for n in batch)
                 return (
-                    len(batch) * lengths[members[batch[0]]] <= BATCH_TOKENS
+                    padded <= BATCH_TOKENS
+                    and (padded <= small or padded - read <= MOST_PADDING * padded)
                     and len(batch) * response * vocabulary <= BATCH_LOGITS
                     and (max_batch_size is None or len(batch) <= max_batch_size)
                 )

@@ -118,7 +118,7 @@ def answers(model: PreTrainedModel, tokenizer: Any, rows: Sequence[dict[str, str
     return found
 
 
-def task_samples(questions: dict[str, dict[str, Any]]) -> list[Sample]:
+def medical_samples(questions: dict[str, dict[str, Any]]) -> list[Sample]:
     return [
         Sample(
             prompt=TASK_PROMPT.format(question=each["QUESTION"], conclusion=each["LONG_ANSWER"]),
@@ -189,7 +189,7 @@ def main(
         original = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
         samples = chat_samples(original, tokenizer, xstest(xstest_file))
         split = split_samples(samples, {"train": 0.5, "test": 0.5})
-        tasks = split_samples(task_samples(pubmedqa(pubmedqa_file)), {"train": 0.5, "test": 0.5})
+        tasks = split_samples(medical_samples(pubmedqa(pubmedqa_file)), {"train": 0.5, "test": 0.5})
         for part in ("train", "test"):
             save_samples([*split[part], *tasks[part]], data / f"{part}.jsonl")
     train = load_samples(data / "train.jsonl")

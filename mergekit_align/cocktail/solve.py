@@ -3,8 +3,8 @@
 The merge is linear in its weights, W = sum over models m of w_m W_m with weights that sum to 1, so
 that one forward and one backward pass of the merged model give the loss and, as the inner
 products <dL/dW, W_m>, its exact gradient with respect to all weights, one a model or one a group of
-layers (arXiv 2310.02575 learns such weights by gradient; here no example is without a label). SLSQP
-(scipy) takes the steps; a floor on a type's mean log-probability is one of its constraints.
+layers. (AdaMerging, arXiv 2310.02575, learns such weights by gradient too, from inputs without
+answers.) SLSQP (scipy) takes the steps; a floor on a type's mean log-probability is a constraint.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Problem:
         granularity: layers that share a weight; `None` for one weight a model.
 
     Raises:
-        InputError: a model lacks a tensor, or has it in another shape.
+        InputError: a model lacks a tensor.
     """
 
     def __init__(
@@ -74,31 +74,35 @@ class Problem:
         )
         """First layer of each group of layers; last, `None`: all other tensors."""
         self._rows = {name: self.groups.index(group) for name, group in groups.items()}
-        for name, parameter in self._parameters.items():
+        for name in self._parameters:
             for source in sources:
                 if name not in source.index.tensor_paths:
                     raise InputError(
                         f"{source.index.base_path}: found no tensor {name}; expected one, as in "
                         "the other models"
                     )
-                shape = self._tensor(source, name).shape
-                if shape != parameter.shape:
-                    raise InputError(
-                        f"{source.index.base_path}: {name}: found shape {tuple(shape)}; expected "
-                        f"{tuple(parameter.shape)}"
-                    )
 
     def _tensor(self, source: LazyTensorLoader, name: str) -> torch.Tensor:
+        """A model's tensor, where its parameter is, float32."""
+        parameter = self._parameters[name]
         tensor: torch.Tensor = source.get_tensor(name, device="cpu")
-        return tensor
+        if tensor.shape != parameter.shape:
+            raise InputError(
+                f"{source.index.base_path}: {name}: found shape {tuple(tensor.shape)}; expected "
+                f"{tuple(parameter.shape)}"
+            )
+        return tensor.to(parameter.device, torch.float32)
 
     def at(self, weights: Array) -> Point:
-        """The merged model's losses and gradients at `weights` [groups, models]."""
+        """The merged model's losses and gradients at `weights` [groups, models].
+
+        Raises:
+            InputError: a model has a tensor in another shape.
+        """
         for name, parameter in self._parameters.items():
             merged = torch.zeros_like(parameter, dtype=torch.float32)
             for source, weight in zip(self._sources, weights[self._rows[name]], strict=True):
-                tensor = self._tensor(source, name).to(parameter.device, torch.float32)
-                merged.add_(tensor, alpha=float(weight))
+                merged.add_(self._tensor(source, name), alpha=float(weight))
             parameter.data.copy_(merged)
         losses: dict[SampleType, float] = {}
         gradients: dict[SampleType, Array] = {}
@@ -116,8 +120,8 @@ class Problem:
             assert parameter.grad is not None
             gradient = parameter.grad.float().flatten()
             for column, source in enumerate(self._sources):
-                tensor = self._tensor(source, name).to(parameter.device, torch.float32)
-                products[self._rows[name], column] += float(gradient @ tensor.flatten())
+                tensor = self._tensor(source, name).flatten()
+                products[self._rows[name], column] += float(gradient @ tensor)
         return products
 
     def filters(self) -> list[list[str]]:

@@ -66,9 +66,7 @@ def needs_roles(method: MergeMethod, roles: Iterable[Role]) -> MergeMethod:
     return method
 
 
-def parts(
-    group: TensorGroup, role: PerInputValues[Role], weight: PerInputValues[float] | None = None
-) -> Parts:
+def parts(group: TensorGroup, role: PerInputValues[Role], weight: PerInputValues[float]) -> Parts:
     """The tensors of a group by their models' roles, float32, or float64 where they are."""
     assert group.base is not None
     dtype = torch.float64 if group.base.tensor.dtype == torch.float64 else torch.float32
@@ -77,7 +75,7 @@ def parts(
     for entry in group.non_base:
         tensor = entry.tensor.to(dtype)
         if role[entry.id] == "expert":
-            experts.append((tensor, 1.0 if weight is None else weight[entry.id]))
+            experts.append((tensor, weight[entry.id]))
         else:
             single[role[entry.id]] = tensor
     return Parts(group.base.tensor.to(dtype), single["aligned"], experts, single.get("safe"))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import matmul_rate, name, peak_memory
+from machine import matmul_rate, memory, name, peak_memory
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from rich.console import Console
@@ -137,7 +137,7 @@ def measured(
 
 
 def _measure(way: str, models: list[str], samples: list[Sample], dtype: str) -> dict[str, Any]:
-    before, started = peak_memory(), time.perf_counter()
+    before, started = memory(), time.perf_counter()
     losses = {"ours": ours, "theirs": theirs}[way](models, samples, dtype)
     return {
         "seconds": time.perf_counter() - started,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import time
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,24 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return best
 
 
+def memory() -> int:
+    """Bytes that this process holds."""
+    return _status("VmRSS") if _PROC.exists() else peak_memory()
+
+
 def peak_memory() -> int:
-    """Bytes that this process held at most, so far."""
+    """Bytes that this process held at most, so far.
+
+    On Linux not by `getrusage`, whose figure of a spawned process starts at its parent's.
+    """
+    if _PROC.exists():
+        return _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_PROC = Path("/proc/self/status")
+
+
+def _status(key: str) -> int:
+    (line,) = (line for line in _PROC.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024

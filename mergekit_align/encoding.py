@@ -27,6 +27,11 @@ class EncodedSample(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[int]
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the prompt and of the response."""
+        return len(self.prompt_ids), len(self.response_ids)
+
 
 REMEMBERED = 2**16
 """Encodings that an encoder keeps: a search asks for the same ones at every evaluation."""

@@ -23,15 +23,11 @@ BATCH_TOKENS = 2048
 
 def accumulate_gradient(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> float:
     """The mean sample loss (nats/token); its gradient is added to the parameters' `grad`."""
-    lengths = [len(each.prompt_ids) + len(each.response_ids) for each in encoded]
-
-    def fits(batch: Sequence[int]) -> bool:
-        prompt = max(len(encoded[n].prompt_ids) for n in batch)
-        response = max(len(encoded[n].response_ids) for n in batch)
-        return len(batch) * (prompt + response) <= BATCH_TOKENS
-
+    batches = length_sorted_batches(
+        [each.lengths for each in encoded], lambda size: size.padded <= BATCH_TOKENS
+    )
     total = 0.0
-    for batch in length_sorted_batches(lengths, fits):
+    for batch in batches:
         loss = _summed_loss(model, [encoded[n] for n in batch]) / len(encoded)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())

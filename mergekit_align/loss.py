@@ -22,6 +22,7 @@ from mergekit_align.checkpoints import context_window
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.reading import (
+    BatchSize,
     Preamble,
     PromptBatch,
     length_sorted_batches,
@@ -128,23 +129,19 @@ class ResponseReader:
     def _plan(self, max_batch_size: int | None) -> Iterator[Batch]:
         vocabulary = self._model.config.get_text_config().vocab_size
         small = SMALL_BATCH.get(self._model.device.type, BATCH_TOKENS)
-        lengths = [len(each.prompt_ids) + len(each.response_ids) for each in self._encoded]
+
+        def fits(size: BatchSize) -> bool:
+            return (
+                size.padded <= BATCH_TOKENS
+                and (size.padded <= small or size.padded - size.read <= MOST_PADDING * size.padded)
+                and size.texts * size.response * vocabulary <= BATCH_LOGITS
+                and (max_batch_size is None or size.texts <= max_batch_size)
+            )
+
         prompts = [each.prompt_ids for each in self._encoded]
         for shared, members in shared_beginnings(prompts, MIN_SHARED):
-
-            def fits(batch: Sequence[int], members: Sequence[int] = members) -> bool:
-                chosen = [self._encoded[members[n]] for n in batch]
-                response = max(len(each.response_ids) for each in chosen)
-                padded = len(batch) * (max(len(each.prompt_ids) for each in chosen) + response)
-                read = sum(lengths[members[n]] for n in batch)
-                return (
-                    padded <= BATCH_TOKENS
-                    and (padded <= small or padded - read <= MOST_PADDING * padded)
-                    and len(batch) * response * vocabulary <= BATCH_LOGITS
-                    and (max_batch_size is None or len(batch) <= max_batch_size)
-                )
-
-            for batch in length_sorted_batches([lengths[index] for index in members], fits):
+            lengths = [self._encoded[index].lengths for index in members]
+            for batch in length_sorted_batches(lengths, fits):
                 yield Batch([members[n] for n in batch], shared)
 
     def read(self, batch: Batch) -> dict[int, ResponseScore]:

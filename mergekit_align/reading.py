@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,19 +19,51 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class BatchSize(NamedTuple):
+    """What a batch of texts takes: each is a prompt, padded on the left, and a response."""
+
+    texts: int = 0
+    prompt: int = 0
+    """Tokens of the longest prompt."""
+    response: int = 0
+    """Tokens of the longest response."""
+    read: int = 0
+    """Tokens of all texts, padding aside."""
+
+    @property
+    def padded(self) -> int:
+        """Tokens, padding included."""
+        return self.texts * (self.prompt + self.response)
+
+    def grown(self, prompt: int, response: int) -> BatchSize:
+        """With one more text of these lengths."""
+        return BatchSize(
+            self.texts + 1,
+            max(self.prompt, prompt),
+            max(self.response, response),
+            self.read + prompt + response,
+        )
+
+
 def length_sorted_batches(
-    lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]
+    lengths: Sequence[tuple[int, int]], fits: Callable[[BatchSize], bool]
 ) -> Iterator[list[int]]:
-    """Indices of texts of these `lengths`, longest first, in batches.
+    """Indices of texts, longest first, in batches.
 
     A batch grows as long as it `fits`; one text is always a batch.
+
+    Args:
+        lengths: tokens of each text's prompt and of its response.
     """
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and not fits([*batch, index]):
+    size = BatchSize()
+    for index in sorted(range(len(lengths)), key=lambda n: sum(lengths[n]), reverse=True):
+        grown = size.grown(*lengths[index])
+        if batch and not fits(grown):
             yield batch
-            batch = []
+            batch, grown = [], BatchSize().grown(*lengths[index])
         batch.append(index)
+        size = grown
     if batch:
         yield batch
 

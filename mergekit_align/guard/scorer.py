@@ -11,7 +11,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from mergekit_align.checkpoints import context_window
 from mergekit_align.guard.verdict import Logprobs, TokenIds, VerdictTree
-from mergekit_align.reading import Preamble, PromptBatch, length_sorted_batches
+from mergekit_align.reading import BatchSize, Preamble, PromptBatch, length_sorted_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -177,15 +177,14 @@ class HuggingFaceScorer(Scorer):
     ) -> Iterator[list[int]]:
         budget = BATCH_TOKENS.get(self.model.device.type, 8192)
 
-        def fits(batch: Sequence[int]) -> bool:
-            size, longest = len(batch), lengths[batch[0]]
+        def fits(size: BatchSize) -> bool:
             return (
-                size * (longest - known) <= budget
-                and size * longest <= CACHED_TOKENS
-                and (self._batch_size is None or size <= self._batch_size)
+                size.padded - size.texts * known <= budget
+                and size.padded <= CACHED_TOKENS
+                and (self._batch_size is None or size.texts <= self._batch_size)
             )
 
-        lengths = [len(prompts[row]) for row in rows]
+        lengths = [(len(prompts[row]), 0) for row in rows]
         for batch in length_sorted_batches(lengths, fits):
             yield [rows[index] for index in batch]
 

@@ -28,14 +28,14 @@ def accumulate_gradient(model: PreTrainedModel, encoded: Sequence[EncodedSample]
     )
     total = 0.0
     for batch in batches:
-        loss = _summed_loss(model, [encoded[n] for n in batch]) / len(encoded)
+        loss = summed_loss(model, [encoded[n] for n in batch]) / len(encoded)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total
 
 
-def _summed_loss(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch.Tensor:
-    """Sum of the sample losses of a batch."""
+def summed_loss(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch.Tensor:
+    """Sum of the sample losses of a batch (nats/token), to be differentiated."""
     # Prompts end, and responses begin, at one place: logits are needed from there on alone.
     before = max(len(each.prompt_ids) for each in batch)
     after = max(len(each.response_ids) for each in batch)

@@ -12,7 +12,7 @@ def extend_merge_methods() -> None:
     from mergekit.merge_methods import registered_methods
     from mergekit.merge_methods.registry import register
 
-    from mergekit_align.merge_methods import METHODS
+    from mergekit_align.merge_methods.methods import METHODS
 
     known = {method.spec.name for method in registered_methods()}
     for method in METHODS:
@@ -21,20 +21,20 @@ def extend_merge_methods() -> None:
 
 
 def extend_planner() -> None:
-    """A merge is planned only if its models have the roles that its method needs."""
+    """A merge by a method of ours is planned only if the config has what the method needs."""
     from mergekit.plan import MergePlanner
 
-    from mergekit_align.merge_methods.roles import check_roles
+    from mergekit_align.merge_methods.checks import check_merge
 
     original = MergePlanner.__init__
-    if getattr(original, "checks_roles", False):
+    if getattr(original, "checks_merge", False):
         return
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        check_roles(config)
+        check_merge(config)
         original(self, config, *args, **kwargs)
 
-    __init__.checks_roles = True  # type: ignore[attr-defined]
+    __init__.checks_merge = True  # type: ignore[attr-defined]
     MergePlanner.__init__ = __init__
 
 

@@ -140,6 +140,18 @@ def save_samples(samples: Iterable[Sample], path: str | os.PathLike[str]) -> Non
         raise InputError(f"{path}: found suffix {path.suffix}; expected .jsonl, .json or none")
 
 
+def limit_samples(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """`limit` samples of each type, drawn by `seed`, in their order; all for `None`."""
+    if limit is None:
+        return list(samples)
+    kept: set[int] = set()
+    for kind in SAMPLE_TYPES:
+        indices = [index for index, sample in enumerate(samples) if sample.type == kind]
+        random.Random(seed).shuffle(indices)
+        kept.update(indices[:limit])
+    return [samples[index] for index in sorted(kept)]
+
+
 def split_samples(
     samples: Sequence[Sample], fractions: Mapping[str, float], *, seed: int = 0
 ) -> dict[str, list[Sample]]:

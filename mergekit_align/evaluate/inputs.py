@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_align.checks import File, local_config
 from mergekit_align.errors import InputError
 from mergekit_align.guard import GuardSettings
-from mergekit_align.samples import SAMPLE_TYPES, Sample, load_samples
+from mergekit_align.samples import Sample, limit_samples, load_samples
 from mergekit_align.yaml_files import input_error
 
 
@@ -56,14 +55,7 @@ def chosen_samples(data: Sequence[File | Sample], limit: int | None, seed: int) 
         raise InputError(
             f"{files or 'data'}: found no sample of type alignment or benign; expected some"
         )
-    if limit is None:
-        return samples
-    kept: set[int] = set()
-    for kind in SAMPLE_TYPES:
-        indices = [index for index, sample in enumerate(samples) if sample.type == kind]
-        random.Random(seed).shuffle(indices)
-        kept.update(indices[:limit])
-    return [samples[index] for index in sorted(kept)]
+    return limit_samples(samples, limit, seed)
 
 
 def guard_settings(

@@ -1,10 +1,4 @@
-"""Our merge methods, one a file; the plugin registers them with mergekit."""
+"""Our merge methods, one a file."""
 
-from mergekit.merge_methods.base import MergeMethod
-
-from mergekit_align.merge_methods.lox import lox
-from mergekit_align.merge_methods.resta import resta
-from mergekit_align.merge_methods.safe_lora import safe_lora
-from mergekit_align.merge_methods.safemerge import safemerge
-
-METHODS: tuple[MergeMethod, ...] = (lox, resta, safe_lora, safemerge)
+# mergekit's own load first, whereupon the plugin registers ours: whichever is imported first.
+import mergekit.merge_methods  # noqa: F401

@@ -14,7 +14,7 @@ from mergekit.merge_methods.easy_define import merge_method
 
 from mergekit_align.merge_methods.ranges import Count
 from mergekit_align.merge_methods.roles import Origin, Role, needs_roles, parts
-from mergekit_align.merge_methods.subspace import is_matrix, leading
+from mergekit_align.merge_methods.subspace import is_matrix, spectrum
 
 
 @merge_method(
@@ -34,7 +34,7 @@ def _lox(
     models = parts(group, role, weight)
     merged = models.aligned.clone()
     if is_matrix(group):
-        merged += alpha * leading(models.alignment, rank)
+        merged += alpha * spectrum(models.alignment).leading(rank)
     for update, own in models.updates(origin):
         merged += own * update
     return merged

@@ -13,11 +13,14 @@ merge is planned, before any weight is read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import click
 import torch
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod, PerInputValues, TensorGroup
 
@@ -66,10 +69,15 @@ def needs_roles(method: MergeMethod, roles: Iterable[Role]) -> MergeMethod:
     return method
 
 
+def arithmetic_dtype(group: TensorGroup) -> torch.dtype:
+    """float32, or float64 where the tensors are."""
+    return torch.float64 if group.tensors[0].dtype == torch.float64 else torch.float32
+
+
 def parts(group: TensorGroup, role: PerInputValues[Role], weight: PerInputValues[float]) -> Parts:
-    """The tensors of a group by their models' roles, float32, or float64 where they are."""
+    """The tensors of a group by their models' roles."""
     assert group.base is not None
-    dtype = torch.float64 if group.base.tensor.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(group)
     single: dict[Role, torch.Tensor] = {}
     experts: list[tuple[torch.Tensor, float]] = []
     for entry in group.non_base:
@@ -78,7 +86,17 @@ def parts(group: TensorGroup, role: PerInputValues[Role], weight: PerInputValues
             experts.append((tensor, weight[entry.id]))
         else:
             single[role[entry.id]] = tensor
+    if torch.equal(group.base.tensor.to(dtype), single["aligned"]):
+        _warn_of_equal_models()
     return Parts(group.base.tensor.to(dtype), single["aligned"], experts, single.get("safe"))
+
+
+@lru_cache(1)
+def _warn_of_equal_models() -> None:
+    """Once a run, not once a tensor."""
+    logging.getLogger(__name__).warning(
+        "The aligned model equals base_model in some tensors: there is no alignment to keep there."
+    )
 
 
 def check_roles(config: MergeConfiguration) -> None:
@@ -87,11 +105,11 @@ def check_roles(config: MergeConfiguration) -> None:
     Raises:
         MergeConfigError: a role is missing, unknown, or given to two models.
     """
-    for key, models in _inputs(config):
+    for key, models in inputs(config):
         given = [
-            (name, parameters.get("role"))
-            for name, parameters in models
-            if name != str(config.base_model)
+            (str(model), parameters.get("role"))
+            for model, parameters in models
+            if model != config.base_model
         ]
         try:
             check_role_names(config.merge_method, given)
@@ -127,16 +145,16 @@ def check_role_names(method: str, given: Iterable[tuple[str, object]]) -> None:
             raise MergeConfigError(f"found role {role} for {named}; expected one model of it")
 
 
-def _inputs(
+def inputs(
     config: MergeConfiguration,
-) -> Iterable[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
+) -> Iterable[tuple[str, list[tuple[ModelReference, Mapping[str, Any]]]]]:
     """Models that are merged with each other, with their parameters, by their key."""
     outputs = list((config.modules or {}).values()) or [config]
     for output in outputs:
         if output.models:
-            yield "models", [(str(m.model), m.parameters or {}) for m in output.models]
+            yield "models", [(m.model, m.parameters or {}) for m in output.models]
         for index, piece in enumerate(output.slices or []):
             yield (
                 f"slices[{index}].sources",
-                [(str(source.model), source.parameters or {}) for source in piece.sources],
+                [(source.model, source.parameters or {}) for source in piece.sources],
             )

@@ -6,6 +6,8 @@ takes the operator C = V V^T / ||V||_F, which maps an update of the weight to wh
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
@@ -34,16 +36,29 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).sum() / norms) if norms else 1.0
 
 
-def leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """The part of `matrix` [out, in] in its `rank` leading left singular directions, U_k U_k^T M.
+class Spectrum(NamedTuple):
+    """A matrix M [out, in] by its singular values."""
 
-    The directions are eigenvectors of the smaller Gram matrix, so that no full decomposition is made.
-    """
+    matrix: torch.Tensor
+    values: torch.Tensor
+    """Singular values, the largest first."""
+    directions: torch.Tensor
+    """Singular vectors of the shorter side, in the values' order, [side, values]."""
+
+    def leading(self, rank: int) -> torch.Tensor:
+        """The part of M in its `rank` leading left singular directions, U_k U_k^T M."""
+        if rank >= len(self.values):
+            return self.matrix
+        chosen = self.directions[:, :rank]
+        rows, columns = self.matrix.shape
+        if rows <= columns:
+            return torch.matmul(chosen, chosen.T @ self.matrix)
+        return torch.matmul(self.matrix @ chosen, chosen.T)
+
+
+def spectrum(matrix: torch.Tensor) -> Spectrum:
+    """Singular values of a matrix, and directions as eigenvectors of its smaller Gram matrix."""
     rows, columns = matrix.shape
-    if rank >= min(rows, columns):
-        return matrix
-    if rows <= columns:
-        directions = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
-        return torch.matmul(directions, directions.T @ matrix)
-    directions = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -rank:]
-    return torch.matmul(matrix @ directions, directions.T)
+    gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
+    values, directions = torch.linalg.eigh(gram)
+    return Spectrum(matrix, values.clamp(min=0).sqrt().flip(0), directions.flip(1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods import PerInputValues, get
 from mergekit.merge_methods.base import TensorGroup
+
+from mergekit_align.samples import SampleType
+from mergekit_align.statistics.files import Accumulators, Header, Kind
 
 Tensors = dict[str, torch.Tensor]
 SHAPES = [(6, 6), (5, 9), (9, 5), (1, 4), (4, 1)]
@@ -33,6 +38,21 @@ def tensors(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.fl
     return {name: tensor.to(dtype) for name, tensor in models.items()}
 
 
+Statistics = dict[str, dict[str, torch.Tensor]]
+"""Of each model's tensor, by sample type."""
+
+
+def write_statistics(directory: Path, kind: Kind, statistics: Statistics) -> dict[str, str]:
+    """Files as mergekit-align-stats writes them, of a tensor named "w"; directories by model."""
+    for name, types in statistics.items():
+        for type_, values in types.items():
+            header = Header("", "", "", [], None, 0, cast(SampleType, type_), kind, {})
+            file = Accumulators(directory / name, header, {"w": values.shape})
+            file.tensors["w"].copy_(values)
+            file.finish()
+    return {name: str(directory / name) for name in statistics}
+
+
 def merge(
     method: str,
     models: Tensors,
@@ -48,15 +68,21 @@ def merge(
     group = TensorGroup.from_tensors(
         [models[name] for name in chosen],
         ids=chosen,
-        base_index=chosen.index("base"),
+        base_index=chosen.index("base") if "base" in chosen else None,
+        name="w",
         vocabulary_axis=vocabulary_axis,
     )
     own = [name for name in chosen if name != "base"]
-    given = {
-        "role": PerInputValues([(name, roles.get(name, name)) for name in own]),
+    given: dict[str, Any] = {
         "weight": PerInputValues([(name, (weights or {}).get(name, 1.0)) for name in own]),
     }
-    (merged,) = get(method)([group], parameters={**given, **parameters})
+    if any(parameter.name == "role" for parameter in get(method).spec.parameters):
+        given["role"] = PerInputValues([(name, roles.get(name, name)) for name in own])
+    for name, value in parameters.items():
+        # A value for each model is given as a mapping.
+        per_model = isinstance(value, dict)
+        given[name] = PerInputValues([(n, value[n]) for n in own]) if per_model else value
+    (merged,) = get(method)([group], parameters=given)
     return merged
 
 
@@ -132,7 +158,130 @@ def test_lox(shape: tuple[int, int], rank: int) -> None:
     torch.testing.assert_close(with_expert, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("eta", [0.2, 0.6, 1.0])
+def test_lssf(shape: tuple[int, int], eta: float) -> None:
+    m = tensors(shape)
+    u, s, vh = torch.linalg.svd(m["aligned"] - m["base"], full_matrices=False)
+    p = s / s.sum()
+    terms = [-float(share) * math.log(float(share)) for share in p]
+    rank = next((k for k in range(1, len(terms)) if sum(terms[:k]) >= eta * sum(terms)), len(terms))
+    low = u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
+    found = merge("lssf", m, "base aligned expert", eta=eta, alpha=0.8)
+    torch.testing.assert_close(found, m["expert"] + 0.8 * low, atol=1e-5, rtol=0)
+
+
+def gram(width: int, tokens: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    return inputs.T @ inputs / tokens
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_regmean(method: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    m = tensors(shape)
+    kind: Kind = "gram" if method == "regmean" else "propagated_gram"
+    grams = {
+        "aligned": {"alignment": gram(shape[1], 40, 1), "benign": gram(shape[1], 40, 2)},
+        "expert": {"task": gram(shape[1], 40, 3)},
+    }
+    places = write_statistics(tmp_path, kind, grams)
+    g = {
+        "aligned": 2.0 * (1.5 * grams["aligned"]["alignment"] + grams["aligned"]["benign"]),
+        "expert": 0.5 * grams["expert"]["task"],
+    }
+    g = {name: 0.8 * each + 0.2 * torch.diag(each.diag()) for name, each in g.items()}
+    total = torch.linalg.inv(g["aligned"] + g["expert"])
+    expected = (m["aligned"] @ g["aligned"] + m["expert"] @ g["expert"]) @ total
+    found = merge(
+        method,
+        m,
+        "aligned expert",
+        weights={"aligned": 2.0, "expert": 0.5},
+        statistics=places,
+        alignment_weight=1.5,
+        off_diagonal=0.8,
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_regmean_is_the_average_where_nothing_was_read(tmp_path: Path) -> None:
+    m = tensors((4, 6))
+    rank_one = torch.zeros(6, 6)
+    rank_one[0, 0] = 1.0
+    statistics = {"aligned": {"task": rank_one}, "expert": {"task": 0 * rank_one}}
+    places = write_statistics(tmp_path, "gram", statistics)
+    found = merge("regmean", m, "aligned expert", statistics=places)
+    average = (m["aligned"] + m["expert"]) / 2
+    torch.testing.assert_close(found[:, 1:], average[:, 1:])
+    torch.testing.assert_close(found[:, 0], m["aligned"][:, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (7,), (2, 3, 4)])
+def test_fisher(shape: tuple[int, ...], tmp_path: Path) -> None:
+    m = tensors(shape)
+    f = {name: value.square() for name, value in tensors(shape, 5).items()}
+    statistics = {
+        "aligned": {"alignment": f["base"], "benign": f["safe"]},
+        "expert": {"task": f["expert"]},
+    }
+    places = write_statistics(tmp_path, "fisher", statistics)
+    first = 3.0 * (2.0 * f["base"] + 0.5 * f["safe"])
+    second = 0.25 * f["expert"]
+    expected = (first * m["aligned"] + second * m["expert"]) / (first + second)
+    found = merge(
+        "fisher",
+        m,
+        "aligned expert",
+        weights={"aligned": 3.0},
+        statistics=places,
+        alignment_weight=2.0,
+        benign_weight=0.5,
+        task_weight=0.25,
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (7,), (2, 3, 4)])
+@pytest.mark.parametrize("ratio", [0.3, 0.7, 1.0])
+def test_led(shape: tuple[int, ...], ratio: float, tmp_path: Path) -> None:
+    m = tensors(shape)
+    scores = {name: value.abs().float() for name, value in tensors(shape, 7).items()}
+    own = write_statistics(
+        tmp_path / "own",
+        "importance",
+        {"aligned": {"alignment": scores["aligned"]}, "expert": {"task": scores["expert"]}},
+    )
+    base = write_statistics(
+        tmp_path / "base",
+        "importance",
+        {"aligned": {"alignment": scores["base"]}, "expert": {"task": scores["safe"]}},
+    )
+
+    def top(name: str) -> set[int]:
+        flat = scores[name].flatten().tolist()
+        return set(sorted(range(len(flat)), key=lambda n: -flat[n])[: round(ratio * len(flat))])
+
+    first, second = top("aligned") & top("base"), top("expert") & top("safe")
+    expected = m["base"].flatten().clone()
+    for name, weight, mask in (("aligned", 1.0, first - second), ("expert", 0.6, second - first)):
+        for n in mask:
+            expected[n] += weight * (m[name].flatten()[n] - m["base"].flatten()[n])
+    found = merge(
+        "led",
+        m,
+        "base aligned expert",
+        weights={"expert": 0.6},
+        statistics=own,
+        base_statistics=base,
+        ratio={"aligned": ratio, "expert": ratio},
+    )
+    torch.testing.assert_close(found.flatten(), expected, atol=1e-5, rtol=0)
+
+
 ALL = {
+    "lssf": "base aligned expert",
     "lox": "base aligned expert",
     "resta": "base aligned expert",
     "safe_lora": "base aligned expert",
@@ -205,6 +354,7 @@ def test_without_an_alignment_vector_nothing_deviates(method: str) -> None:
         ("safemerge", "alpha", -0.1),
         ("lox", "rank", 0),
         ("resta", "density", 0.0),
+        ("lssf", "eta", 0.0),
         ("resta", "origin", "elsewhere"),
     ],
 )

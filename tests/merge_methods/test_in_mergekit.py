@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,18 +15,45 @@ import yaml
 from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
+from mergekit.merge_methods import get
+from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 from mergekit.scripts import evolve, run_yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from mergekit_align.merge_methods import METHODS
+from mergekit_align.merge_methods.methods import METHODS
 from mergekit_align.merge_methods.roles import MergeConfigError
+from mergekit_align.samples import SampleType
+from mergekit_align.statistics.collect import Source, collect_statistics
+from mergekit_align.statistics.files import Kind
+from mergekit_align.statistics.propagate import collect_propagated
 
 NAMES = [method.spec.name for method in METHODS]
 
 
+@pytest.fixture(scope="module")
+def statistics(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All statistics of the parents, and of the base on their samples: `aligned`, `base-expert-a`."""
+    out = tmp_path_factory.mktemp("statistics")
+    source = Source([world / "data" / "validation.jsonl"], limit=4)
+    types: dict[str, list[SampleType]] = {"aligned": ["alignment", "benign"], "expert-a": ["task"]}
+    for name, own in types.items():
+        kinds: list[Kind] = ["gram", "importance", "fisher"]
+        collect_statistics(f"{world}/{name}", source, out / name, kinds=kinds, types=own)
+        collect_statistics(
+            f"{world}/base", source, out / f"base-{name}", kinds=["importance"], types=own
+        )
+    models = [
+        {"model": f"{world}/{name}", "parameters": {"statistics": f"{out}/{name}"}}
+        for name in types
+    ]
+    plus = {"merge_method": "regmean_plus", "models": models}
+    collect_propagated(MergeConfiguration.model_validate(plus))
+    return out
+
+
 @pytest.fixture
-def config(world: Path, tmp_path: Path) -> Callable[..., Path]:
+def config(world: Path, tmp_path: Path, statistics: Path) -> Callable[..., Path]:
     """Writes a config of a method of ours on the demo world, its parameters changed."""
 
     def write(method: str, roles: dict[str, str | None] | None = None, **parameters: Any) -> Path:
@@ -33,10 +61,15 @@ def config(world: Path, tmp_path: Path) -> Callable[..., Path]:
             roles = {"aligned": "aligned", "expert-a": "expert"}
             if method == "safemerge":
                 roles["expert-b"] = "safe"
-        models = [
-            {"model": f"{world}/{name}", **({"parameters": {"role": role}} if role else {})}
-            for name, role in roles.items()
-        ]
+        known = {parameter.name for parameter in get(method).spec.parameters}
+        models = [{"model": f"{world}/{name}", "parameters": {}} for name in roles]
+        for entry, (name, role) in zip(models, roles.items(), strict=True):
+            given = {
+                "role": role,
+                "statistics": f"{statistics}/{name}",
+                "base_statistics": f"{statistics}/base-{name}",
+            }
+            entry["parameters"] = {key: given[key] for key in known & set(given) if given[key]}
         content = {
             "merge_method": method,
             "base_model": f"{world}/base",
@@ -44,6 +77,8 @@ def config(world: Path, tmp_path: Path) -> Callable[..., Path]:
             "dtype": "float32",
             "parameters": parameters,
         }
+        if get(method).spec.contract.base != BasePolicy.REQUIRED:
+            del content["base_model"]
         path = tmp_path / "merge.yml"
         path.write_text(yaml.safe_dump(content))
         return path
@@ -121,6 +156,127 @@ def test_slices_are_checked_too(config: Callable[..., Path], world: Path, tmp_pa
     content["slices"] = [{"sources": sources}]
     with pytest.raises(MergeConfigError, match=r"^slices\[0\].sources: .*found role None"):
         run_merge(MergeConfiguration.model_validate(content), str(tmp_path), MergeOptions())
+
+
+def refused(path: Path, tmp_path: Path) -> str:
+    """The one line that a config which cannot be merged gives, nothing being written."""
+    result = CliRunner().invoke(run_yaml.main, [str(path), str(tmp_path / "out")])
+    assert result.exit_code == 2, result.output
+    assert not list(tmp_path.rglob("out/*.safetensors"))
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    return line
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "value", "expected"),
+    [
+        ("safe_lora", "tau", 1.5, "less than or equal to 1"),
+        ("safemerge", "alpha", -0.1, "greater than 0"),
+        ("lox", "rank", 0, "greater than or equal to 1"),
+        ("resta", "gamma", "much", "a valid number"),
+        ("resta", "gamma", [{"filter": "mlp", "value": "much"}, {"value": 1.0}], "a valid number"),
+        ("lssf", "eta", [0.5, 1.5], "less than or equal to 1"),
+        ("regmean", "off_diagonal", 2.0, "less than or equal to 1"),
+        ("fisher", "task_weight", -1.0, "greater than or equal to 0"),
+    ],
+)
+def test_a_value_out_of_range_is_one_line(
+    config: Callable[..., Path],
+    tmp_path: Path,
+    method: str,
+    parameter: str,
+    value: Any,
+    expected: str,
+) -> None:
+    line = refused(config(method, **{parameter: value}), tmp_path)
+    assert line.startswith(f"Error: parameters: {parameter}: found ")
+    assert expected in line
+
+
+@pytest.mark.parametrize("method", ["resta", "led"])
+def test_a_base_that_is_missing_is_one_line(
+    config: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    path = changed(config(method), lambda content: content.pop("base_model"))
+    assert "base_model: found none" in refused(path, tmp_path)
+
+
+def test_a_tensor_of_one_model_only_is_one_line(
+    config: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "aligned"
+    shutil.copytree(world / "aligned", other)
+    tensors = load_file(other / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+
+    def change(content: dict[str, Any]) -> None:
+        content["models"][0]["model"] = str(other)
+
+    line = refused(changed(config("resta"), change), tmp_path)
+    assert "found tensor model.norm.weight in" in line
+
+
+class TestStatistics:
+    @pytest.mark.parametrize("method", ["regmean", "regmean_plus", "fisher", "led"])
+    def test_of_another_model_are_refused(
+        self, config: Callable[..., Path], statistics: Path, tmp_path: Path, method: str
+    ) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["models"][0]["parameters"]["statistics"] = f"{statistics}/expert-a"
+
+        line = refused(changed(config(method), change), tmp_path)
+        assert "found statistics of another model" in line
+
+    def test_of_other_samples_are_refused(
+        self, config: Callable[..., Path], statistics: Path, tmp_path: Path
+    ) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["models"][1]["parameters"]["base_statistics"] = f"{statistics}/base-aligned"
+
+        line = refused(changed(config("led"), change), tmp_path)
+        assert "found statistics of other samples" in line
+
+    def test_that_are_missing_are_refused(
+        self, config: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["models"][0]["parameters"]["statistics"] = str(tmp_path / "none")
+
+        line = refused(changed(config("fisher"), change), tmp_path)
+        assert "found no statistics of kind fisher" in line
+
+    def test_that_are_cut_short_are_refused(
+        self, config: Callable[..., Path], statistics: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(statistics / "expert-a", tmp_path / "expert-a")
+        file = tmp_path / "expert-a" / "task.gram.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+
+        def change(content: dict[str, Any]) -> None:
+            content["models"][1]["parameters"]["statistics"] = str(tmp_path / "expert-a")
+
+        line = refused(changed(config("regmean"), change), tmp_path)
+        assert "task.gram.safetensors: found no whole file of statistics" in line
+
+    def test_of_a_layer_that_a_slice_moves_are_refused(
+        self, config: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        def change(content: dict[str, Any]) -> None:
+            models = content.pop("models")
+            content["slices"] = [
+                {"sources": [{**model, "layer_range": [1, 2]} for model in models]}
+            ]
+
+        line = refused(changed(config("regmean"), change), tmp_path)
+        assert "layer_range: found [1, 2]; expected one that begins at 0" in line
 
 
 class TestInAGenome:

@@ -1,0 +1,1 @@
+"""What a model does on samples, tensor by tensor, for merge methods to read."""

@@ -58,6 +58,7 @@ GRID: dict[str, list[Parameters]] = {
     ],
     "model_stock": [{}],
     "sce": [{"select_topk": k} for k in (0.1, 0.3, 0.5, 1.0)],
+    "align_adaptive": [{"interference": m} for m in (0.1, 0.05, 0.2, 0.4)],
     "fisher": [{"alignment_weight": w} for w in (1.0, 0.3, 3.0, 10.0)],
     "led": [{"ratio": r} for r in (0.5, 0.3, 0.7, 0.9)],
     "lox": [{"rank": r, "alpha": a} for r, a in ((6, 1.25), (6, 0.5), (16, 1.25), (16, 0.5))],

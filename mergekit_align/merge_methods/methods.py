@@ -2,6 +2,7 @@
 
 from mergekit.merge_methods.base import MergeMethod
 
+from mergekit_align.merge_methods.align_adaptive import align_adaptive
 from mergekit_align.merge_methods.fisher import fisher
 from mergekit_align.merge_methods.led import led
 from mergekit_align.merge_methods.lox import lox
@@ -13,6 +14,7 @@ from mergekit_align.merge_methods.safe_lora import safe_lora
 from mergekit_align.merge_methods.safemerge import safemerge
 
 METHODS: tuple[MergeMethod, ...] = (
+    align_adaptive,
     fisher,
     led,
     lox,

@@ -206,6 +206,37 @@ def test_regmean(method: str, shape: tuple[int, int], tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("interference", [0.0, 0.1, 2.0])
+def test_align_adaptive_minimises_what_it_says(
+    shape: tuple[int, int], interference: float, tmp_path: Path
+) -> None:
+    m = tensors(shape)
+    width = shape[1]
+    g = {"aligned": gram(width, 2, 1), "expert": gram(width, 3, 2), "other": gram(width, 50, 3)}
+    places = write_statistics(tmp_path, "gram", {name: {"task": each} for name, each in g.items()})
+    weights = {"aligned": 1.0, "expert": 0.7, "other": 0.2}
+    ridge = 1e-3 * float(sum(g.values()).diagonal().mean()) * torch.eye(width)  # type: ignore[union-attr]
+    expected = m["base"].clone()
+    for name, own in g.items():
+        task_vector = m[name] - m["base"]
+        others = sum(each for other, each in g.items() if other != name)
+        system = own + interference * others + ridge
+        expected += weights[name] * task_vector @ (own + ridge) @ torch.linalg.inv(system)
+    found = merge(
+        "align_adaptive",
+        m,
+        "base aligned expert other",
+        weights=weights,
+        statistics=places,
+        interference=interference,
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    if interference == 0:
+        whole = m["base"] + sum(weights[n] * (m[n] - m["base"]) for n in g)
+        torch.testing.assert_close(found, whole, atol=1e-9, rtol=0)
+
+
 def test_regmean_is_the_average_where_nothing_was_read(tmp_path: Path) -> None:
     m = tensors((4, 6))
     rank_one = torch.zeros(6, 6)
@@ -278,6 +309,63 @@ def test_led(shape: tuple[int, ...], ratio: float, tmp_path: Path) -> None:
         ratio={"aligned": ratio, "expert": ratio},
     )
     torch.testing.assert_close(found.flatten(), expected, atol=1e-5, rtol=0)
+
+
+DATA_AWARE: dict[str, tuple[str, Kind]] = {
+    "align_adaptive": ("base aligned expert", "gram"),
+    "fisher": ("aligned expert", "fisher"),
+    "regmean": ("aligned expert", "gram"),
+    "regmean_plus": ("aligned expert", "propagated_gram"),
+}
+
+
+@pytest.mark.parametrize("method", DATA_AWARE)
+def test_identical_models_return_themselves_whatever_the_data(method: str, tmp_path: Path) -> None:
+    names, kind = DATA_AWARE[method]
+    m = dict.fromkeys(tensors((5, 7)), tensors((5, 7))["expert"])
+    size = 5 if kind == "fisher" else 7
+    own = {name: {"task": gram(7, 9, n)[:size]} for n, name in enumerate(("aligned", "expert"))}
+    places = write_statistics(tmp_path, kind, own)
+    found = merge(method, m, names, statistics=places)
+    torch.testing.assert_close(found, m["base"], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("method", DATA_AWARE)
+def test_data_aware_methods_do_not_depend_on_the_order(method: str, tmp_path: Path) -> None:
+    names, kind = DATA_AWARE[method]
+    m = tensors((5, 7))
+    size = 5 if kind == "fisher" else 7
+    own = {name: {"task": gram(7, 9, n)[:size]} for n, name in enumerate(("aligned", "expert"))}
+    places = write_statistics(tmp_path, kind, own)
+    turned = " ".join(reversed(names.split()))
+    torch.testing.assert_close(
+        merge(method, m, names, statistics=places),
+        merge(method, m, turned, statistics=places),
+        atol=1e-9,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("method", DATA_AWARE)
+@pytest.mark.parametrize("shape", [(6, 4), (1, 1), (4,), (0,), (0, 3)])
+def test_data_aware_methods_take_bfloat16(
+    method: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    names, kind = DATA_AWARE[method]
+    m = tensors(shape, dtype=torch.bfloat16)
+    given = shape if kind == "fisher" else (shape[-1], shape[-1])
+    matrix = len(shape) == 2 or kind == "fisher"
+    value = gram(given[0], 9, 1) if kind != "fisher" else torch.rand(given)
+    own = {name: {"task": value} for name in ("aligned", "expert")} if matrix else {}
+    places = write_statistics(tmp_path, kind, own)
+    if not matrix:  # statistics are there, but not of this tensor
+        header = Header("", "", "", [], None, 0, "task", kind, {})
+        for name in ("aligned", "expert"):
+            Accumulators(tmp_path / name, header, {"v": (1,)}).finish()
+        places = {name: str(tmp_path / name) for name in ("aligned", "expert")}
+    found = merge(method, m, names, statistics=places)
+    assert found.shape == shape
+    assert bool(found.isfinite().all())
 
 
 ALL = {

@@ -47,7 +47,7 @@ def weights(aligned: float, expert: float, **more: Any) -> Parameters:
 GRID: dict[str, list[Parameters]] = {
     "linear": [weights(w, 1 - w) for w in (0.5, 0.3, 0.7, 0.85)],
     "slerp": [{"t": t} for t in (0.5, 0.3, 0.7, 0.15)],
-    "task_arithmetic": [weights(a, b) for a, b in ((1, 1), (1, 0.5), (0.5, 1), (0.7, 0.7))],
+    "task_arithmetic": [weights(a, b) for a, b in ((1, 1), (1, 1.2), (0.7, 1), (0.7, 0.7))],
     "ties": [
         weights(a, b, density=0.5, normalize=n)
         for a, b, n in ((1, 1, True), (1, 1, False), (0.7, 0.3, True), (1, 0.6, False))
@@ -58,7 +58,9 @@ GRID: dict[str, list[Parameters]] = {
     ],
     "model_stock": [{}],
     "sce": [{"select_topk": k} for k in (0.1, 0.3, 0.5, 1.0)],
-    "align_adaptive": [{"interference": m} for m in (0.1, 0.05, 0.2, 0.4)],
+    "align_adaptive": [
+        weights(1, b, interference=m) for b, m in ((1, 0.1), (1, 0.05), (1.2, 0.1), (1.2, 0.2))
+    ],
     "fisher": [{"alignment_weight": w} for w in (1.0, 0.3, 3.0, 10.0)],
     "led": [{"ratio": r} for r in (0.5, 0.3, 0.7, 0.9)],
     "lox": [{"rank": r, "alpha": a} for r, a in ((6, 1.25), (6, 0.5), (16, 1.25), (16, 0.5))],

@@ -111,6 +111,35 @@ def test_filters_give_parameters_by_tensor(
     torch.testing.assert_close(merged[name], expected)
 
 
+def test_safe_lora_projects_the_lowest_cosines(
+    config: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    base, aligned, expert = (
+        load_file(world / name / "model.safetensors") for name in ("base", "aligned", "expert-a")
+    )
+    projections, cosines = {}, {}
+    for name, start in base.items():
+        if start.ndim == 2 and "embed" not in name and "lm_head" not in name:
+            v = (aligned[name].float() - start.float()).double()
+            update = (expert[name].float() - start.float()).double()
+            projections[name] = aligned[name].double() + v @ v.T @ update / v.norm()
+            cosines[name] = float(
+                torch.cosine_similarity((v @ v.T @ update).flatten(), update.flatten(), dim=0)
+            )
+    lowest = sorted(cosines, key=cosines.__getitem__)[:3]
+    path = config("safe_lora", lowest=3, origin="base")
+    run_merge(
+        MergeConfiguration.model_validate(yaml.safe_load(path.read_text())),
+        str(tmp_path / "out"),
+        MergeOptions(),
+    )
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, projected in projections.items():
+        whole = aligned[name].double() + expert[name].double() - base[name].double()
+        expected = projected if name in lowest else whole
+        torch.testing.assert_close(merged[name].double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("method", "roles", "message"),
     [

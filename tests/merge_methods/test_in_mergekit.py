@@ -20,7 +20,10 @@ from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 from mergekit.scripts import evolve, run_yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from mergekit_align.demo import build_world
+from mergekit_align.demo.models import Architecture
 from mergekit_align.merge_methods.methods import METHODS
 from mergekit_align.merge_methods.roles import MergeConfigError
 from mergekit_align.samples import SampleType
@@ -31,10 +34,8 @@ from mergekit_align.statistics.propagate import collect_propagated
 NAMES = [method.spec.name for method in METHODS]
 
 
-@pytest.fixture(scope="module")
-def statistics(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def take_statistics(world: Path, out: Path) -> Path:
     """All statistics of the parents, and of the base on their samples: `aligned`, `base-expert-a`."""
-    out = tmp_path_factory.mktemp("statistics")
     source = Source([world / "data" / "validation.jsonl"], limit=4)
     types: dict[str, list[SampleType]] = {"aligned": ["alignment", "benign"], "expert-a": ["task"]}
     for name, own in types.items():
@@ -52,35 +53,51 @@ def statistics(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def content_of(
+    world: Path,
+    statistics: Path,
+    method: str,
+    roles: dict[str, str | None] | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """A config of a method of ours on a demo world."""
+    if roles is None:
+        roles = {"aligned": "aligned", "expert-a": "expert"}
+        if method == "safemerge":
+            roles["expert-b"] = "safe"
+    known = {parameter.name for parameter in get(method).spec.parameters}
+    models = [{"model": f"{world}/{name}", "parameters": {}} for name in roles]
+    for entry, (name, role) in zip(models, roles.items(), strict=True):
+        given = {
+            "role": role,
+            "statistics": f"{statistics}/{name}",
+            "base_statistics": f"{statistics}/base-{name}",
+        }
+        entry["parameters"] = {key: given[key] for key in known & set(given) if given[key]}
+    content = {
+        "merge_method": method,
+        "base_model": f"{world}/base",
+        "models": models,
+        "dtype": "float32",
+        "parameters": parameters,
+    }
+    if get(method).spec.contract.base != BasePolicy.REQUIRED:
+        del content["base_model"]
+    return content
+
+
+@pytest.fixture(scope="module")
+def statistics(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return take_statistics(world, tmp_path_factory.mktemp("statistics"))
+
+
 @pytest.fixture
 def config(world: Path, tmp_path: Path, statistics: Path) -> Callable[..., Path]:
     """Writes a config of a method of ours on the demo world, its parameters changed."""
 
     def write(method: str, roles: dict[str, str | None] | None = None, **parameters: Any) -> Path:
-        if roles is None:
-            roles = {"aligned": "aligned", "expert-a": "expert"}
-            if method == "safemerge":
-                roles["expert-b"] = "safe"
-        known = {parameter.name for parameter in get(method).spec.parameters}
-        models = [{"model": f"{world}/{name}", "parameters": {}} for name in roles]
-        for entry, (name, role) in zip(models, roles.items(), strict=True):
-            given = {
-                "role": role,
-                "statistics": f"{statistics}/{name}",
-                "base_statistics": f"{statistics}/base-{name}",
-            }
-            entry["parameters"] = {key: given[key] for key in known & set(given) if given[key]}
-        content = {
-            "merge_method": method,
-            "base_model": f"{world}/base",
-            "models": models,
-            "dtype": "float32",
-            "parameters": parameters,
-        }
-        if get(method).spec.contract.base != BasePolicy.REQUIRED:
-            del content["base_model"]
         path = tmp_path / "merge.yml"
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(yaml.safe_dump(content_of(world, statistics, method, roles, **parameters)))
         return path
 
     return write
@@ -92,6 +109,25 @@ def test_a_config_merges(config: Callable[..., Path], tmp_path: Path, method: st
     assert result.exit_code == 0, result.output
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+def test_every_method_merges_other_architectures(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    world = tmp_path / "world"
+    build_world(world, scale="smoke", architecture=architecture)
+    statistics = take_statistics(world, tmp_path / "statistics")
+    expected = load_file(world / "aligned" / "model.safetensors")
+    for method in NAMES:
+        content = content_of(world, statistics, method)
+        out = tmp_path / method
+        run_merge(MergeConfiguration.model_validate(content), str(out), MergeOptions())
+        tensors = load_file(out / "model.safetensors")
+        assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in expected.items()}
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_filters_give_parameters_by_tensor(

@@ -1,0 +1,172 @@
+"""Our merge methods' kernels on one layer of an 8B model, beside stock task arithmetic.
+
+    python benchmarks/merge_methods.py                    # 4096 x 4096 and 4096 x 14336, bfloat16
+    python benchmarks/merge_methods.py --device cuda --json merge_methods.json
+
+Two models and a base (three for SafeMERGE). Each method runs in a process of its own on the same
+random tensors; seconds are the best of three, bytes the peak beyond the inputs. Statistics are read
+from files, which the first run brings into the page cache. The whole model's seconds are extrapolated:
+Llama 3 8B has 32 layers of two 4096 x 4096 matrices, two 1024 x 4096, and three 14336 x 4096; an
+element-wise method's time goes with the entries, another's is taken from the two shapes measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import memory, name, peak_memory, synchronize
+from mergekit.merge_methods import PerInputValues, get
+from mergekit.merge_methods.base import TensorGroup
+from rich.console import Console
+from rich.table import Table
+
+from mergekit_align.statistics.files import Accumulators, Header, Kind
+
+SHAPES = ((4096, 4096), (14336, 4096))
+ELEMENTWISE = ("task_arithmetic", "resta", "fisher", "led")
+OTHERS = ("safe_lora", "safemerge", "lox", "lssf", "regmean", "align_adaptive")
+KINDS: dict[str, Kind] = {
+    "fisher": "fisher",
+    "led": "importance",
+    "regmean": "gram",
+    "align_adaptive": "gram",
+}
+REPEATS = 3
+TWICE = 2.0
+
+
+def statistics_file(directory: Path, kind: Kind, shape: tuple[int, int], seed: int) -> str:
+    """Statistics of a tensor "w", as a model with random inputs would have them."""
+    file = Accumulators(directory, Header("", "", "", [], None, 0, "task", kind, {}), {"w": shape})
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    file.tensors["w"].copy_(rows @ rows.T / shape[0] if kind == "gram" else rows.square())
+    file.finish()
+    return str(directory)
+
+
+def prepare(work: Path, shape: tuple[int, int]) -> dict[str, list[str]]:
+    """Statistics by kind: for each of two models, and for the base on their samples."""
+    found: dict[str, list[str]] = {}
+    for kind in dict.fromkeys(KINDS.values()):
+        own = (shape[1], shape[1]) if kind == "gram" else shape
+        found[kind] = [
+            statistics_file(work / f"{shape[0]}-{kind}-{n}", kind, own, n)
+            for n in range(4 if kind == "importance" else 2)
+        ]
+    return found
+
+
+def run(
+    method: str, shape: tuple[int, int], dtype: str, device: str, places: dict[str, list[str]]
+) -> dict[str, float]:
+    """Seconds and bytes of one kernel."""
+    roles = ["base", "aligned", "expert", *(["safe"] if method == "safemerge" else [])]
+    if method in ("fisher", "regmean"):
+        roles.remove("base")
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(shape, generator=generator)
+    tensors = [
+        (first + 0.01 * torch.randn(shape, generator=generator)).to(device, getattr(torch, dtype))
+        for _ in roles
+    ]
+    del first
+    group = TensorGroup.from_tensors(
+        tensors, ids=roles, base_index=0 if roles[0] == "base" else None, name="w"
+    )
+    own = [role for role in roles if role != "base"]
+    parameters: dict[str, Any] = {"weight": PerInputValues([(each, 1.0) for each in own])}
+    known = {parameter.name for parameter in get(method).spec.parameters}
+    if "role" in known:
+        parameters["role"] = PerInputValues([(each, each) for each in own])
+    for n, key in enumerate(("statistics", "base_statistics")):
+        if key in known:
+            files = places[KINDS[method]][2 * n : 2 * n + 2]
+            parameters[key] = PerInputValues(list(zip(own, files, strict=True)))
+    held, best = memory(), float("inf")
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    for _ in range(REPEATS):
+        synchronize(device)
+        started = time.perf_counter()
+        get(method)([group], parameters=parameters)
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    peak = peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated()
+    return {"seconds": best, "bytes": peak - held}
+
+
+def whole_model(method: str, square: float, tall: float) -> float:
+    """Seconds of Llama 3 8B's layers, from those of the two shapes."""
+    if method in ELEMENTWISE:
+        entries = 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+        return 32 * tall * entries / (14336 * 4096)
+    return 32 * (2.5 * square + 3 * tall)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    console, context = Console(), multiprocessing.get_context("spawn")
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in (*ELEMENTWISE, *OTHERS)}
+    with tempfile.TemporaryDirectory() as work:
+        for shape in SHAPES:
+            places = prepare(Path(work), shape)
+            for method in found:
+                with context.Pool(1) as pool:
+                    each = pool.apply(
+                        run, (method, shape, arguments.dtype, arguments.device, places)
+                    )
+                found[method].append(each)
+    title = [f"{rows} x {columns}" for rows, columns in SHAPES]
+    table = Table(
+        "method",
+        *(f"{t}, s" for t in title),
+        *(f"{t}, MiB" for t in title),
+        "x task arithmetic",
+        "8B, s (extrapolated)",
+    )
+    ratios = {
+        method: max(
+            a["seconds"] / b["seconds"] for a, b in zip(own, found["task_arithmetic"], strict=True)
+        )
+        for method, own in found.items()
+    }
+    for method, own in found.items():
+        table.add_row(
+            method,
+            *(f"{each['seconds']:.3f}" for each in own),
+            *(f"{each['bytes'] / 2**20:.0f}" for each in own),
+            f"{ratios[method]:.2f}",
+            f"{whole_model(method, *(each['seconds'] for each in own)):.0f}",
+        )
+    console.print(f"{name(arguments.device)}, {arguments.dtype}")
+    console.print(table)
+    for method in ELEMENTWISE:
+        if ratios[method] > TWICE:
+            console.print(f"{method} takes {ratios[method]:.2f} x task arithmetic, not {TWICE:g}.")
+    if arguments.json:
+        record = {
+            "machine": name(arguments.device),
+            "dtype": arguments.dtype,
+            "shapes": SHAPES,
+            "methods": found,
+            "times_task_arithmetic": ratios,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

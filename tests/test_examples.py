@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from lm_eval.tasks import TaskManager
 from mergekit.config import MergeConfiguration
 from mergekit.evo.config import EvolMergeConfiguration
+from mergekit.scripts import run_yaml
 
 from mergekit_align.align_section import parse_align_section
 from mergekit_align.checks import check_genome
+from mergekit_align.cli import stats
 from mergekit_align.cocktail import read_config
 from mergekit_align.eval_task_files import eval_tasks_path
 from mergekit_align.tasks import GuardTask, RefusalTask, response
@@ -20,7 +24,8 @@ from mergekit_align.yaml_files import read_yaml_mapping
 METRICS = {*response.METRICS, *GuardTask.HIGHER_IS_BETTER, *RefusalTask.HIGHER_IS_BETTER}
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COCKTAILS = sorted(EXAMPLES.rglob("cocktail*.yml"))
-CONFIGS = sorted(set(EXAMPLES.rglob("*.yml")) - set(COCKTAILS))
+MERGES = sorted(EXAMPLES.rglob("merge_*.yml"))
+CONFIGS = sorted(set(EXAMPLES.rglob("*.yml")) - set(COCKTAILS) - set(MERGES))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(EXAMPLES)))
@@ -45,6 +50,34 @@ def test_an_example_of_a_cocktail_fits_the_schemas(file: Path, world: Path, tmp_
     config = read_config(here)
     assert len(config.models) >= 2
     assert config.section.weights["alignment"] > 0
+
+
+@pytest.mark.parametrize("file", MERGES, ids=lambda file: str(file.relative_to(EXAMPLES)))
+def test_the_commands_of_an_example_of_a_merge_run(
+    file: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that its first lines give, on a small world, but for the one that makes the models."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm" / "data").mkdir(parents=True)
+    for name, place in (("aligned", "aligned"), ("expert", "expert-a")):
+        (tmp_path / "smollm" / name).symlink_to(world / place)
+    (tmp_path / "smollm" / "data" / "train.jsonl").symlink_to(world / "data" / "validation.jsonl")
+    (tmp_path / "demo-world").mkdir()
+    for place in world.iterdir():
+        (tmp_path / "demo-world" / place.name).symlink_to(place)
+    text = file.read_text().replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(world / "base"))
+    config = tmp_path / file.relative_to(EXAMPLES.parent)
+    config.parent.mkdir(parents=True)
+    config.write_text(text)
+    lines = re.sub(r"\\\n# +", "", text.partition("#\n")[0]).splitlines()
+    _, *commands = [re.sub("^# *(Run: )?", "", line) for line in lines]
+    assert len(commands) == 3
+    for command in commands:
+        program, *arguments = shlex.split(command.replace("100", "2").replace("50", "2"))
+        main = {"mergekit-align-stats": stats.main, "mergekit-yaml": run_yaml.main}[program]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "paper").iterdir()), ids=lambda file: file.name)

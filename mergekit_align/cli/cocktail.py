@@ -101,12 +101,8 @@ def _print_table(cocktail: Cocktail) -> None:
     if cocktail.unit == "byte":
         console.print("By byte, since the models' tokenizers differ.")
     if cocktail.solution is not None:
-        solution = cocktail.solution
         table = Table("merged with", *(f"{kind} loss" for kind in kinds), "loss")
-        for name, by_type, loss in (
-            ("softmax weights", solution.softmax, solution.softmax_loss),
-            ("solved weights", solution.solved, solution.solved_loss),
-        ):
+        for name, by_type, loss in cocktail.solution.rows():
             table.add_row(name, *(f"{by_type[kind]:.4f}" for kind in kinds), f"{loss:.4f}")
         console.print(table)
 

@@ -44,6 +44,13 @@ class Solution(NamedTuple):
     solved_loss: float
     """Weighted sum of `solved`."""
 
+    def rows(self) -> list[tuple[str, dict[SampleType, float], float]]:
+        """Each rule's name, losses by type, and their weighted sum."""
+        return [
+            ("softmax weights", self.softmax, self.softmax_loss),
+            ("solved weights", self.solved, self.solved_loss),
+        ]
+
 
 class Cocktail(NamedTuple):
     """Models with their weights, and the plain mergekit config that has them."""

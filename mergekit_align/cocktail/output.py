@@ -86,13 +86,9 @@ def _account(cocktail: Cocktail, config: CocktailConfig) -> str:
         losses = [f"{each.losses[kind]:.4f}" for kind in kinds]
         rows.append([each.model, *losses, f"{each.loss:.4f}", f"{each.weight:.4f}"])
     if cocktail.solution is not None:
-        solution = cocktail.solution
-        for rule_name, by_type, loss in (
-            ("merged, softmax", solution.softmax, solution.softmax_loss),
-            ("merged, solved", solution.solved, solution.solved_loss),
-        ):
+        for rule_name, by_type, loss in cocktail.solution.rows():
             losses = [f"{by_type[kind]:.4f}" for kind in kinds]
-            rows.append([rule_name, *losses, f"{loss:.4f}", ""])
+            rows.append([f"merged, {rule_name}", *losses, f"{loss:.4f}", ""])
     return "\n".join(
         [
             "### How the weights came about",

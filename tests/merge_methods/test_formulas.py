@@ -407,6 +407,24 @@ def test_the_order_of_the_models_does_not_matter(method: str, order: list[str]) 
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("method", [*ALL, *DATA_AWARE])
+def test_strided_tensors_are_merged_and_left_alone(method: str, tmp_path: Path) -> None:
+    m = tensors((5, 7))
+    strided = {name: tensor.T.contiguous().T for name, tensor in m.items()}
+    if method in ALL:
+        names, more = ALL[method], {}
+    else:
+        names, kind = DATA_AWARE[method]
+        value = gram(7, 9, 1)[: 5 if kind == "fisher" else 7]
+        own = {name: {"task": value} for name in ("aligned", "expert")}
+        more = {"statistics": write_statistics(tmp_path, kind, own)}
+    torch.testing.assert_close(
+        merge(method, strided, names, **more), merge(method, m, names, **more), atol=1e-9, rtol=0
+    )
+    for name, tensor in m.items():
+        assert torch.equal(strided[name], tensor)
+
+
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("shape", [(6, 4), (4,), (0,), (0, 3), (1, 1)])
 def test_bfloat16_in_and_out_whatever_the_shape(method: str, shape: tuple[int, ...]) -> None:

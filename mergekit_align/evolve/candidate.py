@@ -6,9 +6,11 @@ import math
 import time
 from typing import NamedTuple
 
+import numpy as np
 from mergekit.config import MergeConfiguration
 
 from mergekit_align.errors import InputError
+from mergekit_align.evolve.ascent import Ascent
 from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.fitness import Fitness, Results, Scored
 from mergekit_align.evolve.genes import Array, Genotype
@@ -55,15 +57,24 @@ class Evaluator:
             ],
         )
 
-    def evaluate(self, genotype: Genotype) -> Result:
+        self._ascent: Ascent | None = None
+
+    def evaluate(self, genotype: Genotype, *, gradient: bool = False) -> Result:
         """Whatever a candidate fails with is its result; what the user can repair is raised.
+
+        Args:
+            gradient: find the gradients of the fitness and of the violations too.
 
         Raises:
             InputError: the config cannot be used.
         """
         started = time.monotonic()
+        slopes: Array | None = None
         try:
-            scored = self.score(self._config.genes.config(genotype))
+            if gradient:
+                scored, slopes = self._climb(genotype)
+            else:
+                scored = self.score(self._config.genes.config(genotype))
             values = self._objectives(scored)
             if not all(math.isfinite(value) for value in values):
                 raise ArithmeticError(f"its score is {', '.join(map(str, values))}")
@@ -75,12 +86,27 @@ class Evaluator:
         violations = tuple(
             floor.least - scored.results[floor.task][floor.metric] for floor in self._config.floors
         )
-        return Result(values, violations, scored.results, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return Result(values, violations, scored.results, seconds, None, slopes)
 
     def score(self, config: MergeConfiguration) -> Scored:
         """What the model merged by any mergekit config is worth."""
         self.merged.merge(config)
         return self.fitness.score()
+
+    def _climb(self, genotype: Genotype) -> tuple[Scored, Array]:
+        """What a candidate is worth, and the gradients of that and of its violations."""
+        config = self._config
+        self.merged.merge(config.genes.config(genotype))
+        if self._ascent is None:
+            self._ascent = Ascent(config.genes, self.merged, self.fitness)
+        tasks = config.file.config.tasks
+        wanted = [(task.name, task.metric) for task in tasks]
+        wanted += [(floor.task, floor.metric) for floor in config.floors]
+        slope = self._ascent.at(genotype, wanted)
+        fitness = sum(task.weight * slope.gradients[task.name, task.metric] for task in tasks)
+        missed = [-slope.gradients[floor.task, floor.metric] for floor in config.floors]
+        return self.fitness.total(slope.results), np.array([fitness, *missed])
 
     def _objectives(self, scored: Scored) -> tuple[float, ...]:
         if not self._config.objectives:

@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions
 from mergekit_align.checks import check_writable, task_metrics
 from mergekit_align.devices import check_device, default_device, default_dtype
 from mergekit_align.errors import InputError, closest
+from mergekit_align.evolve.ascent import check_differentiable
 from mergekit_align.evolve.genes import Genes
 from mergekit_align.evolve.searchers import SEARCHERS
 from mergekit_align.fingerprint import model_fingerprint
@@ -136,7 +137,7 @@ def read_config(
     directory = Path(storage or section.storage_path or f"{Path(file.path).stem}-evolved")
     check_writable(str(directory), file.path, "align.storage_path")
     budget = section.budget
-    return EvolveConfig(
+    config = EvolveConfig(
         file,
         Genes(file),
         name,
@@ -150,6 +151,9 @@ def read_config(
         directory,
         section.study or str(directory / "study.journal"),
     )
+    if name == "gradient":
+        check_differentiable(config)
+    return config
 
 
 def _metric(key: str, file: GenomeFile, where: str) -> tuple[str, str]:

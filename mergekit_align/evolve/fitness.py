@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from mergekit_align.encoding import EncodedSample
+from mergekit_align.gradient import accumulate_decision_gradient, accumulate_logprob_gradient
 from mergekit_align.loss import ResponseReader, ResponseScore
 from mergekit_align.tasks.response import ResponseTask, encode_requests
 
@@ -68,6 +70,7 @@ class Fitness:
         self._wanted = {*metrics, *((task.name, task.metric) for task in config.tasks)}
         self._lm = _wrapped(model, tokenizer, batch_size)
         self._responses: dict[str, ResponseTask] = {}
+        self._encoded: dict[str, tuple[list[EncodedSample], list[Any]]] = {}
         self._others: dict[str, Any] = {}
         for name, each in loaded.items():
             for task in each["tasks"].values():
@@ -99,8 +102,31 @@ class Fitness:
             _seed_everything()
         for name, loaded in self._others.items():
             results[name] = self._score_other(name, loaded)
+        return self.total(results)
+
+    def total(self, results: Results) -> Scored:
+        """The fitness that follows from the tasks' metrics."""
         score = sum(results[task.name][task.metric] * task.weight for task in self._config.tasks)
         return Scored(float(score), results)
+
+    def accumulate_gradient(self, name: str, metric: str) -> float:
+        """A response task's metric; its gradient is added to the parameters' `grad`."""
+        task = self._responses[name]
+        model = self._lm.model
+        if name not in self._encoded:
+            self._encoded[name] = encode_requests(self._lm, self._build(task))
+        encoded, openings = self._encoded[name]
+        plain = metric.removesuffix(",none")
+        if plain in ("logprob", "sequence_logprob"):
+            return accumulate_logprob_gradient(model, encoded, by_token=plain == "logprob")
+        (kind,) = set(openings)  # one task has the same for all of its samples
+        return accumulate_decision_gradient(
+            model,
+            encoded,
+            kind,
+            refusal_wanted=task.sample_type == "alignment",
+            margin=plain == "decision_margin",
+        )
 
     def _build(self, task: Any) -> Sequence[Any]:
         template = self._config.apply_chat_template

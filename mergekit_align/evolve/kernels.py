@@ -17,15 +17,12 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_align.evolve.magnitudes import Magnitudes, Selection
 
-STRETCH = 2**15
-"""Numbers of a tensor that are merged at a time, for each thread; torch shares out longer ones."""
+STRETCH = 2**16
+"""Numbers of a tensor that a CPU's thread merges at a time."""
 
 
 class Kernel(ABC):
     """Merges one tensor, whose inputs it knows, again and again."""
-
-    dtype: torch.dtype
-    """Floating type of the merging."""
 
     @abstractmethod
     def merge(
@@ -41,6 +38,15 @@ class Kernel(ABC):
             own: those of each input.
         """
 
+    @abstractmethod
+    def products(
+        self,
+        gradient: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> dict[ModelReference, float]:
+        """The derivative by each model's weight, given that by the merged tensor, of its shape."""
+
 
 def kernel_for(
     task: ExecuteMergeMethodTask, inputs: Mapping[ModelReference, torch.Tensor]
@@ -49,10 +55,7 @@ def kernel_for(
     tensors = [inputs[model] for model in task.model_order if model in inputs]
     first = tensors[0]
     alike = all(
-        each.shape == first.shape
-        and each.dtype == torch.bfloat16
-        and each.is_contiguous()
-        and each.device.type == "cpu"
+        each.shape == first.shape and each.dtype == torch.bfloat16 and each.is_contiguous()
         for each in tensors
     )
     if not alike or len(tensors) < len(task.model_order) or first.numel() == 0:
@@ -67,10 +70,12 @@ def kernel_for(
     return None
 
 
+KERNELS = ("linear", "task_arithmetic", "ties")
+"""Methods that have one."""
+
+
 class LinearKernel(Kernel):
     """`linear`: W = sum of w_m W_m, divided by the sum of the weights where they are normalised."""
-
-    dtype = torch.bfloat16
 
     def __init__(self, models: Sequence[ModelReference], tensors: Sequence[torch.Tensor]) -> None:
         self._models = models
@@ -82,21 +87,42 @@ class LinearKernel(Kernel):
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        weight = torch.tensor([own[model]["weight"] for model in self._models])
+        weight = self._weights(own, target.device)
         denominator = weight.sum().reshape(1) if shared["normalize"] else None
         for piece, out in _stretches(target):
-            result = torch.zeros(out.shape)
+            result = torch.zeros(out.shape, device=out.device)
             for tensor, coefficient in zip(self._tensors, weight.split(1), strict=True):
                 result.addcmul_(tensor[piece], coefficient)
             if denominator is not None:
                 result.div_(denominator)
             out.copy_(result.to(torch.bfloat16))
 
+    def products(
+        self,
+        gradient: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> dict[ModelReference, float]:
+        found = [0.0] * len(self._models)
+        for piece, part in _stretches(gradient):
+            part = part.float()
+            for index, tensor in enumerate(self._tensors):
+                found[index] += float(part @ tensor[piece].float())
+        if shared["normalize"]:  # dW/dw_m = (W_m - W) / sum of the weights
+            weights = [own[model]["weight"] for model in self._models]
+            total = sum(weights)
+            merged = sum(w * each for w, each in zip(weights, found, strict=True)) / total
+            found = [(each - merged) / total for each in found]
+        return dict(zip(self._models, found, strict=True))
+
+    def _weights(
+        self, own: Mapping[ModelReference, Mapping[str, Any]], device: torch.device
+    ) -> torch.Tensor:
+        return torch.tensor([own[model]["weight"] for model in self._models], device=device)
+
 
 class TaskArithmeticKernel(Kernel):
     """`task_arithmetic`: W = base + lambda * sum of w_m (W_m - base)."""
-
-    dtype = torch.bfloat16
 
     def __init__(
         self,
@@ -114,32 +140,66 @@ class TaskArithmeticKernel(Kernel):
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        weights = torch.tensor(
-            [own[model]["weight"] for model in self._models], dtype=torch.bfloat16
-        ).unsqueeze(1)
+        self._prepare(own)
+        weights = self._weights(own, target.device)
         for piece, out in _stretches(target):
             base = self._base[piece]
             deltas = self._task_vectors(piece, base)
             deltas.mul_(weights)
-            mixed, divisor = self._mix(deltas, weights)
+            agree = self._agreement(deltas)
+            mixed = _sum(deltas if agree is None else deltas * agree)
             if shared["normalize"]:
-                mixed /= divisor
+                mixed /= self._divisor(weights, agree)
             if shared["lambda"] != 1:
                 mixed *= shared["lambda"]
-            out.copy_(base + mixed)
+            out.copy_(mixed.add_(base))
+
+    def products(
+        self,
+        gradient: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> dict[ModelReference, float]:
+        self._prepare(own)
+        weights = self._weights(own, gradient.device)
+        found = torch.zeros(len(self._models), dtype=torch.float64)
+        for piece, part in _stretches(gradient):
+            deltas = self._task_vectors(piece, self._base[piece])
+            agree = self._agreement(deltas * weights)
+            by_weight = (deltas if agree is None else deltas * agree).float()
+            if shared["normalize"]:
+                divisor = self._divisor(weights, agree).float()
+                mixed = (by_weight * weights.float()).sum(0) / divisor
+                by_weight = (by_weight - (mixed if agree is None else mixed * agree)) / divisor
+            found += (by_weight @ part.float()).double().cpu()
+        values = (found * shared["lambda"]).tolist()
+        return dict(zip(self._models, values, strict=True))
+
+    def _weights(
+        self, own: Mapping[ModelReference, Mapping[str, Any]], device: torch.device
+    ) -> torch.Tensor:
+        """[models, 1]"""
+        weights = [own[model]["weight"] for model in self._models]
+        return torch.tensor(weights, dtype=torch.bfloat16, device=device).unsqueeze(1)
+
+    def _prepare(self, own: Mapping[ModelReference, Mapping[str, Any]]) -> None:
+        """What is needed of a whole tensor before its stretches are merged."""
 
     def _task_vectors(self, piece: slice, base: torch.Tensor) -> torch.Tensor:
+        """[models, numbers]"""
         deltas = base.new_empty((len(self._tensors), *base.shape))
         for row, tensor in zip(deltas, self._tensors, strict=True):
             torch.sub(tensor[piece], base, out=row)
         return deltas
 
-    def _mix(
-        self, deltas: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
+        """Which numbers of the weighted task vectors count, [models, numbers]; `None` for all."""
+        return None
+
+    def _divisor(self, weights: torch.Tensor, agree: torch.Tensor | None) -> torch.Tensor:
         divisor = weights.sum(dim=0)
         divisor[divisor.abs() < 1e-8] = 1
-        return deltas.sum(dim=0), divisor
+        return divisor
 
 
 class TiesKernel(TaskArithmeticKernel):
@@ -150,18 +210,10 @@ class TiesKernel(TaskArithmeticKernel):
         self._magnitudes: list[Magnitudes | None] = [None] * len(self._tensors)
         self._selections: list[Selection | None] = []
 
-    def merge(
-        self,
-        target: torch.Tensor,
-        shared: Mapping[str, Any],
-        own: Mapping[ModelReference, Mapping[str, Any]],
-    ) -> None:
-        if shared["rescale"]:
-            raise NotImplementedError("a genome does not rescale")
+    def _prepare(self, own: Mapping[ModelReference, Mapping[str, Any]]) -> None:
         self._selections = [
             self._select(index, own[model]["density"]) for index, model in enumerate(self._models)
         ]
-        super().merge(target, shared, own)
 
     def _select(self, index: int, density: float) -> Selection | None:
         if density >= 1:
@@ -179,19 +231,25 @@ class TiesKernel(TaskArithmeticKernel):
                 delta.mul_(selection.mask(delta, piece))
         return deltas
 
-    def _mix(
-        self, deltas: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        majority = (deltas.sum(dim=0) >= 0).to(torch.int8) * 2 - 1
-        agrees = deltas.sign().to(torch.int8) == majority
-        divisor = (weights * agrees).sum(dim=0)
+    def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
+        majority = (_sum(deltas) >= 0).to(torch.int8) * 2 - 1
+        return deltas.sign().to(torch.int8) == majority
+
+    def _divisor(self, weights: torch.Tensor, agree: torch.Tensor | None) -> torch.Tensor:
+        divisor = _sum(weights * agree)
         divisor[divisor == 0] = 1
-        return (deltas * agrees).sum(dim=0), divisor
+        return divisor
+
+
+def _sum(rows: torch.Tensor) -> torch.Tensor:
+    """`rows.sum(0)`, faster where there are two, which in bfloat16 are rounded once as well."""
+    return torch.add(rows[0], rows[1]) if len(rows) == 2 else rows.sum(dim=0)
 
 
 def _stretches(target: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     flat = target.view(-1)
-    length = STRETCH * torch.get_num_threads()
+    on_cpu = target.device.type == "cpu"
+    length = STRETCH * torch.get_num_threads() if on_cpu else flat.numel()
     for start in range(0, flat.numel(), length):
         piece = slice(start, min(start + length, flat.numel()))
         yield piece, flat[piece]

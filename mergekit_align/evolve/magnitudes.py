@@ -31,7 +31,7 @@ class Selection(NamedTuple):
         if self.equal.numel():
             bounds = torch.tensor([piece.start, piece.stop], dtype=self.equal.dtype)
             start, end = torch.searchsorted(self.equal, bounds).tolist()
-            kept[self.equal[start:end] - piece.start] = True
+            kept[(self.equal[start:end] - piece.start).to(kept.device)] = True
         return kept
 
 
@@ -46,11 +46,11 @@ class Magnitudes:
         order = torch.argsort(vector.abs().float(), descending=True).int()
         bits = vector.view(torch.int16)[order] & _MAGNITUDE
         levels, counts = torch.unique_consecutive(bits, return_counts=True)
-        self._levels = levels
-        self._larger_or_equal = counts.cumsum(0)
+        self._levels = levels.cpu()
+        self._larger_or_equal = counts.cpu().cumsum(0)
         self._size = vector.numel()
         with tempfile.TemporaryFile() as file:
-            order.numpy().tofile(file)
+            order.cpu().numpy().tofile(file)
             file.flush()
             self._order = np.memmap(file, dtype=np.int32, mode="r", shape=(self._size,))
 

@@ -136,10 +136,9 @@ class MergedModel:
         planner._plan()
         return sorted(planner.merges, key=lambda merge: self._order.get(merge.weight.name, 0))
 
-    def inputs(self, merge: TensorMerge) -> dict[ModelReference, torch.Tensor]:
-        """A tensor's inputs, kept once."""
-        self._load([merge])
-        return self._inputs[merge.key]
+    def parameter(self, name: str) -> torch.nn.Parameter | None:
+        """The model's parameter of a checkpoint's name; `None` of one that is tied to another."""
+        return self._targets.get(name)
 
     def merge(self, config: MergeConfiguration) -> None:
         """Make the model this candidate."""
@@ -175,9 +174,10 @@ class MergedModel:
         self, merge: TensorMerge, target: torch.Tensor, out_dtype: str | None
     ) -> None:
         name = merge.weight.name
-        kernel = self._kernel(merge)
+        kernel = self.kernel(merge)
         dtype = dtype_from_name(merge.weight.force_dtype or out_dtype)
-        if kernel is not None and dtype in (None, kernel.dtype):
+        plain = dtype in (None, torch.bfloat16) and not merge.shared.get("rescale")
+        if kernel is not None and plain:
             made_of = (merge.key, merge.shared, merge.own)
             if self._written.get(name) != made_of:
                 kernel.merge(target, merge.shared, merge.own)
@@ -191,7 +191,8 @@ class MergedModel:
             return
         target.copy_(tensor if dtype is None else tensor.to(dtype))
 
-    def _kernel(self, merge: TensorMerge) -> Kernel | None:
+    def kernel(self, merge: TensorMerge) -> Kernel | None:
+        """Ours for a tensor; `None` where mergekit's own merges it."""
         if not self._fast:
             return None
         if merge.key not in self._kernels:
@@ -268,7 +269,7 @@ class MergedModel:
         model: PreTrainedModel = made.to(self._device).eval().requires_grad_(False)
         return model
 
-    def _parameters_by_name(self) -> dict[str, torch.Tensor]:
+    def _parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
         """Parameters by checkpoint name; of parameters that are tied, the first name alone."""
         return dict(self.model.named_parameters())
 

@@ -104,7 +104,7 @@ def search(
                 genotype = asking.next()
                 if genotype is None:
                     break
-                evaluation = asking.answer(0, candidates.evaluate(genotype), config.seed)
+                evaluation = asking.answer(0, candidates.evaluate(genotype, gradient=searcher.needs_gradient), config.seed)
                 study.add(evaluation)
                 _keep_best(config, study)
                 progress(_line(config, study, before, time.monotonic() - started))

@@ -228,35 +228,34 @@ def test_an_interrupt_finishes_the_candidate(write_config: WriteConfig) -> None:
 class TestFloors:
     """A floor is a constraint on a metric that a task gives."""
 
-    def config(self, write_config: WriteConfig, least: float) -> EvolveConfig:
+    def config(self, write_config: WriteConfig, storage: Path, least: float | None) -> EvolveConfig:
+        floors = {} if least is None else {"response_alignment:logprob": least}
         path = write_config(
             tasks=[
-                {"name": "response_alignment", "metric": "decision_acc,none", "weight": 0.0},
+                {"name": "response_alignment", "metric": "logprob,none", "weight": 0.0},
                 {"name": "response_task", "metric": "logprob,none", "weight": 1.0},
             ],
-            align={
-                "floors": {"response_alignment:decision_acc": least},
-                "start": {"weight": 1.0},
-                "random_seed": 1,
-            },
+            align={"searcher": "grid", "grid_points": 3, "floors": floors, "max_fevals": 9},
         )
-        return read_config(path, evaluations=8)
+        return read_config(path, storage=storage)
 
-    def test_the_best_keeps_them(self, write_config: WriteConfig) -> None:
-        found = search(self.config(write_config, 0.9))
-        values = [e.results["response_alignment"]["decision_acc,none"] for e in found.evaluations]
-        assert [e.violations for e in found.evaluations] == [
-            (pytest.approx(0.9 - v),) for v in values
-        ]
-        assert min(values) < 0.9
+    def test_the_best_keeps_them(self, write_config: WriteConfig, tmp_path: Path) -> None:
+        free = search(self.config(write_config, tmp_path / "free", None))
+        values = [e.results["response_alignment"]["logprob,none"] for e in free.evaluations]
+        least = sorted(values)[4]
+        found = search(self.config(write_config, tmp_path / "kept", least))
+        assert [e.violations for e in found.evaluations] == [(least - v,) for v in values]
+        assert free.best is not None
         assert found.best is not None
-        assert not found.best.violation
+        kept = [e for e, v in zip(found.evaluations, values, strict=True) if v >= least]
+        assert found.best == max(kept, key=lambda each: each.values or ())
+        assert free.best.values >= found.best.values
 
     def test_where_none_keeps_them_the_nearest_is_the_best_and_the_status_3(
         self, write_config: WriteConfig, tmp_path: Path
     ) -> None:
-        self.config(write_config, 1.5)
-        result = CliRunner().invoke(main, [str(tmp_path / "genomic.yml"), "--evaluations", "3"])
+        self.config(write_config, tmp_path / "evolved", 1.5)
+        result = CliRunner().invoke(main, [str(tmp_path / "genomic.yml"), "--evaluations", "4"])
         assert result.exit_code == 3
         assert "No candidate keeps the floors" in result.output
         evaluations = read_evaluations(str(tmp_path / "evolved" / "study.journal"))

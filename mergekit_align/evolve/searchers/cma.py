@@ -30,12 +30,13 @@ class CmaSearcher(Searcher):
             warnings.simplefilter("ignore")  # that it cannot plot
             import cma
 
-        start = space.start
-        if space.random_start:
-            start = np.random.default_rng(seed).uniform(space.low, space.high)
+        rng = np.random.default_rng(seed)
+        start = rng.uniform(space.low, space.high) if space.random_start else space.start
         options = {
             "bounds": [space.low.tolist(), space.high.tolist()],
-            "seed": seed + 1,  # cma takes 0 for the clock
+            # Of its own: merge methods and tasks seed the global generators again and again.
+            "randn": lambda *shape: rng.standard_normal(shape),
+            "seed": math.nan,
             "verbose": -9,
             "verb_log": 0,
         }
@@ -67,16 +68,14 @@ class CmaSearcher(Searcher):
 
 
 def _costs(outcomes: list[Outcome]) -> list[float]:
-    """What CMA-ES minimises: the rank is what counts."""
-    feasible = [-each.values[0] for each in outcomes if each.values and not each.violation]
-    worst = max(feasible, default=0.0)
-    costs = []
-    for each in outcomes:
-        if each.values is None:
-            costs.append(math.nan)
-        elif each.violation:
-            costs.append(worst + each.violation)
-        else:
-            costs.append(-each.values[0])
-    last = max(cost for cost in costs if not math.isnan(cost)) + 1.0
-    return [last if math.isnan(cost) else cost for cost in costs]
+    """What CMA-ES minimises: values, or ranks where a candidate is infeasible or failed."""
+    if all(each.values is not None and not each.violation for each in outcomes):
+        return [-each.values[0] for each in outcomes if each.values is not None]
+
+    def key(outcome: Outcome) -> tuple[float, float]:
+        if outcome.values is None:
+            return math.inf, math.inf
+        return outcome.violation, -outcome.values[0]
+
+    order = sorted({key(each) for each in outcomes})
+    return [float(order.index(key(each))) for each in outcomes]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
+import mergekit.merge_methods  # noqa: F401 (first: as it loads it asks for ours, where `Role` is)
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_align.errors import InputError

@@ -43,7 +43,13 @@ def main(
     from transformers.utils.logging import disable_progress_bar
 
     from mergekit_align.evolve import Evaluator, SearchError, read_config, search
-    from mergekit_align.evolve.report import describe, print_summary, summary, write_model
+    from mergekit_align.evolve.report import (
+        describe,
+        print_summary,
+        summary,
+        write_front,
+        write_model,
+    )
 
     disable_progress_bar()
     config = read_config(
@@ -69,6 +75,10 @@ def main(
     if found.best is None:
         raise click.ClickException("every candidate failed; why is in the study")
     print_summary(summary(found, evaluator()))
+    if config.objectives:
+        click.echo(
+            f"{len(write_front(found))} configs of the Pareto front: {config.storage / 'front'}"
+        )
     if out is not None:
         write_model(found, out)
         click.echo(out)

@@ -129,4 +129,3 @@ class Ascent:
                     if parameters.get("weight"):
                         shares[index] = parameters["weight"]
         return found
-

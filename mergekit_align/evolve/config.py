@@ -15,7 +15,7 @@ from mergekit_align.devices import check_device, default_device, default_dtype
 from mergekit_align.errors import InputError, closest
 from mergekit_align.evolve.ascent import check_differentiable
 from mergekit_align.evolve.genes import Genes
-from mergekit_align.evolve.searchers import SEARCHERS
+from mergekit_align.evolve.searchers import MULTI_OBJECTIVE, SEARCHERS
 from mergekit_align.fingerprint import model_fingerprint
 from mergekit_align.genome_config import GenomeFile, read_genome
 
@@ -132,6 +132,13 @@ def read_config(
         _metric(key, file, f"align.objectives[{index}]")
         for index, key in enumerate(section.objectives)
     ]
+    if len(objectives) > 1 and name not in MULTI_OBJECTIVE:
+        raise InputError.at(
+            file.path,
+            "align.objectives",
+            found=f"{len(objectives)} with the searcher {name}",
+            expected=f"one, or the searcher {', '.join(MULTI_OBJECTIVE)}",
+        )
     where = device or section.device or default_device()
     check_device(where, f"{file.path}: align.device")
     directory = Path(storage or section.storage_path or f"{Path(file.path).stem}-evolved")

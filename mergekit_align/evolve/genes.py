@@ -13,6 +13,7 @@ from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenome
 from numpy.typing import NDArray
 
 from mergekit_align.errors import InputError
+from mergekit_align.evolve.warm_start import warm_start
 from mergekit_align.genome_methods import FRACTIONS, start_at
 
 if TYPE_CHECKING:
@@ -61,13 +62,14 @@ class Genes:
         bounds = _bounds(file)
         names = _names(self._genome, start.shape)
         parameters = METHOD_PARAM_MAPS[method] * (start.numel() // start.shape[-1])
-        self.every = [
+        genes = [
             Gene(name, *bounds[parameter], value)
             for name, parameter, value in zip(
                 names, parameters, start.flatten().tolist(), strict=True
             )
         ]
-        for gene, parameter in zip(self.every, parameters, strict=True):
+        self.every = warm_start(genes, file)
+        for gene, parameter in zip(genes, parameters, strict=True):
             if not gene.low <= gene.start <= gene.high:
                 raise InputError.at(
                     file.path,

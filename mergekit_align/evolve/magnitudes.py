@@ -1,9 +1,9 @@
 """The largest numbers of a task vector, for any density, from one sort.
 
-mergekit keeps the first k of `argsort`, whose order among equal magnitudes is its own affair; in bfloat16
-most numbers have equals. So its very order is made once. A density then needs a threshold, which all
-larger numbers pass, and of the order only those equal to it that are kept. The orders, four bytes
-a number, lie in a file that the system keeps in memory as it sees fit.
+mergekit keeps the first k of `argsort`, whose order among equal magnitudes is its own affair; in
+bfloat16 most numbers have equals. So its very order is made once. A density then needs a threshold,
+which all larger numbers pass, and of the order only those equal to it that are kept. The orders, four
+bytes a number, lie in a file that the system keeps in memory as it sees fit.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.fitness import Results
 from mergekit_align.evolve.memory import check_memory, memory_needed
 from mergekit_align.evolve.run import Search, fitness_of
+from mergekit_align.files import write_text
 
 
 class Row(NamedTuple):
@@ -37,16 +38,19 @@ def describe(config: EvolveConfig, console: Console | None = None) -> None:
     console.print(table)
     need = memory_needed(config)
     console.print(
-        f"{len(config.genes)} genes, searched by {config.searcher}. Memory: {need.model / 2**20:.0f} MiB "
-        f"for the model, {need.inputs / 2**20:.0f} for its inputs, on {config.device}."
+        f"{len(config.genes)} genes, searched by {config.searcher}. Memory: "
+        f"{need.model / 2**20:.0f} MiB for the model, {need.inputs / 2**20:.0f} for its inputs, on "
+        f"{config.device}."
     )
     check_memory(config)
     evaluator = Evaluator(config)
-    evaluator.evaluate(config.genes.start)
-    result = evaluator.evaluate(config.genes.start)
+    gradient = config.searcher == "gradient"
+    evaluator.evaluate(config.genes.low, gradient=gradient)  # the first one is slower
+    result = evaluator.evaluate(config.genes.start, gradient=gradient)
     total = result.seconds * config.evaluations
     console.print(
-        f"One evaluation takes {result.seconds:.2f} s, {config.evaluations} take {total / 60:.1f} minutes."
+        f"One evaluation takes {result.seconds:.2f} s, {config.evaluations} take "
+        f"{total / 60:.1f} minutes."
     )
     if result.failure is not None:
         console.print(f"It failed: {result.failure}")
@@ -89,6 +93,23 @@ def print_summary(rows: list[Row], console: Console | None = None) -> None:
         table.add_row(row.name, f"{row.fitness:.4f}", *cells)
     console.print(table)
     console.print("On the samples of the search.")
+
+
+def write_front(found: Search) -> list[str]:
+    """A config of every candidate of the Pareto front, in `front` in the search's directory."""
+    directory = found.config.storage / "front"
+    files = []
+    for number, each in enumerate(sorted(found.front, key=lambda each: each.values or ())):
+        file = directory / f"{number}.yml"
+        values = zip(found.config.objectives, each.values or (), strict=True)
+        head = "".join(f"# {task} {metric}: {value:.4f}\n" for (task, metric), value in values)
+        text = found.config.genes.config(each.genotype).to_yaml()
+        write_text(file, f"{head}{text}\n")
+        files.append(str(file))
+    for stale in directory.glob("*.yml"):
+        if str(stale) not in files:
+            stale.unlink()
+    return files
 
 
 def write_model(found: Search, out: str | os.PathLike[str]) -> None:

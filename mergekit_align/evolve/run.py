@@ -62,8 +62,8 @@ def search(
     """Search for the best merge of a config.
 
     Every evaluation is remembered in `config.study` before the next one begins, and
-    `best_config.yml` in `config.storage` is kept current. An interrupt (Ctrl-C) lets the candidate that is
-    being evaluated finish; a second one does not.
+    `best_config.yml` in `config.storage` is kept current. An interrupt (Ctrl-C) lets the candidate
+    that is being evaluated finish; a second one does not.
 
     Args:
         resume: go on with a study where it was left.
@@ -104,7 +104,9 @@ def search(
                 genotype = asking.next()
                 if genotype is None:
                     break
-                evaluation = asking.answer(0, candidates.evaluate(genotype, gradient=searcher.needs_gradient), config.seed)
+                evaluation = asking.answer(
+                    0, candidates.evaluate(genotype, gradient=searcher.needs_gradient), config.seed
+                )
                 study.add(evaluation)
                 _keep_best(config, study)
                 progress(_line(config, study, before, time.monotonic() - started))
@@ -189,7 +191,7 @@ def best_of(config: EvolveConfig, evaluations: list[Evaluation]) -> Evaluation |
 
 
 def fitness_of(config: EvolveConfig, evaluation: Evaluation) -> float:
-    """The weighted sum of the config's metrics, which with `objectives` is not what was searched for."""
+    """The weighted sum of the config's metrics; with `objectives` it is not what was searched for."""
     if evaluation.values is None:
         return -math.inf
     if not config.objectives:
@@ -201,8 +203,7 @@ def fitness_of(config: EvolveConfig, evaluation: Evaluation) -> float:
 
 
 def _dominates(one: Evaluation, other: Evaluation) -> bool:
-    assert one.values is not None and other.values is not None
-    pairs = list(zip(one.values, other.values, strict=True))
+    pairs = list(zip(one.values or (), other.values or (), strict=True))
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 

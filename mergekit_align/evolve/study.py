@@ -1,8 +1,8 @@
 """What a search remembers: every evaluation, appended when it is done, in a store of Optuna's.
 
-A finished evaluation is one trial and, in a journal file, one line, so that a kill can lose no more than
-the line that is being written. What a searcher knows is not stored: it follows from its seed and the
-evaluations, in the order in which they were asked for and told.
+A finished evaluation is one trial and, in a journal file, one line, so that a kill can lose no more
+than the line that is being written. What a searcher knows is not stored: it follows from its seed and
+the evaluations, in the order in which they were asked for and told.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mergekit_align.errors import InputError
-from mergekit_align.evolve.genes import Array, Gene, Genotype
 
 if TYPE_CHECKING:
     import optuna
+
+    from mergekit_align.evolve.genes import Array, Gene, Genotype
 
 NAME = "mergekit-align-evolve"
 _CONFIG = "config"

@@ -83,7 +83,9 @@ def test_they_are_autograds_through_the_merge(
     class Merged(torch.nn.Module):
         config, device = model.config, model.device
 
-        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, **more: Any) -> Any:
+        def forward(
+            self, input_ids: Any, attention_mask: Any, position_ids: Any, **more: Any
+        ) -> Any:
             more |= {"input_ids": input_ids, "position_ids": position_ids}
             return functional_call(model, merged(), (), {"attention_mask": attention_mask, **more})
 
@@ -113,7 +115,7 @@ def test_they_are_autograds_through_the_merge(
 def test_ties_gradient_is_the_slope_where_its_selections_stay(
     write_config: Callable[..., Path],
 ) -> None:
-    candidates, config = evaluator(write_config, merge_method="ties", normalize=False)
+    candidates, _ = evaluator(write_config, merge_method="ties", normalize=False)
     genotype = np.array([0.9, 0.6, 0.7, 0.5])
     found = candidates.evaluate(genotype, gradient=True)
     assert found.gradient is not None

@@ -44,13 +44,19 @@ def same(one: Any, other: Any) -> bool:
 def test_the_fitness_is_what_the_stock_search_has_for_the_merged_model(
     write_config: WriteConfig, tmp_path: Path, world: Path
 ) -> None:
+    (tmp_path / "short.yaml").write_text(
+        "task: short\n"
+        "class: !function mergekit_align.tasks.RefusalTask\n"
+        "sample_type: benign\n"
+        "generation_kwargs: {max_gen_toks: 6, until: [], do_sample: false}\n"
+    )
     path = write_config(
         tasks=[
             {"name": "response_alignment", "metric": "decision_logprob,none", "weight": 1.0},
             {"name": "response_task", "metric": "logprob,none", "weight": 0.3},
-            {"name": "over_refusal", "metric": "full_compliance,none", "weight": 0.5},
+            {"name": "short", "metric": "full_compliance,none", "weight": 0.5},
         ],
-        align={"batch_size": 8},
+        align={"batch_size": 8, "task_search_path": [str(tmp_path)]},
     )
     config = read_config(path)
     evaluator = Evaluator(config)
@@ -59,7 +65,8 @@ def test_the_fitness_is_what_the_stock_search_has_for_the_merged_model(
     found = evaluator.evaluate(genotype)
     run_merge(config.genes.config(genotype), str(tmp_path / "merged"), MergeOptions(quiet=True))
     manager = TaskManager(
-        include_path=str(eval_tasks_path()),
+        include_path=[str(eval_tasks_path()), str(tmp_path)],
+        include_defaults=False,
         metadata={"data": f"{world}/data/validation.jsonl"},
     )
     stock = _eval_model(
@@ -197,7 +204,7 @@ def test_a_candidate_that_fails_is_remembered_and_passed_over(
 
 
 def test_what_fails_three_times_alike_is_the_set_up(
-    write_config: WriteConfig, world: Path, tmp_path: Path
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken.py").write_text("def broken(doc, results):\n    raise OSError('no disk')\n")
     (tmp_path / "broken.yaml").write_text(
@@ -207,7 +214,7 @@ def test_what_fails_three_times_alike_is_the_set_up(
         "metric_list: [{metric: acc}]\n"
     )
     (tmp_path / "broken.jsonl").write_text(json.dumps({"q": "which"}) + "\n")
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     path = write_config(tasks=["broken"], align={"task_search_path": [str(tmp_path)]})
     with pytest.raises(SearchError, match=r"3 candidates in a row failed alike: OSError: no disk"):
         search(read_config(path))
@@ -265,6 +272,45 @@ class TestFloors:
         assert weights == nearest.genotype.tolist()
 
 
+def test_several_objectives_leave_a_front(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_config(
+        tasks=[
+            {"name": "response_alignment", "metric": "logprob,none", "weight": 1.0},
+            {"name": "response_task", "metric": "logprob,none", "weight": 1.0},
+        ],
+        align={"objectives": ["response_alignment", "response_task:logprob"]},
+    )
+    result = CliRunner().invoke(main, [str(path), "--evaluations", "12"])
+    assert result.exit_code == 0, result.output
+    front = list((tmp_path / "evolved" / "front").glob("*.yml"))
+    assert f"{len(front)} configs of the Pareto front" in result.output
+    evaluations = read_evaluations(str(tmp_path / "evolved" / "study.journal"))
+    points = np.array([each.values for each in evaluations])
+    beaten = [(points > point).all(1).any() for point in points]
+    assert 1 <= len(front) <= len(points) - sum(beaten)
+    for file in front:
+        MergeConfiguration.model_validate(yaml.safe_load(file.read_text()))
+
+
+def test_a_search_starts_where_another_ended(
+    write_config: WriteConfig, tmp_path: Path, world: Path
+) -> None:
+    found = search(read_config(write_config(), storage=tmp_path / "first"))
+    assert found.best is not None
+    path = write_config(align={"warm_start": str(tmp_path / "first" / "study.journal")})
+    assert read_config(path).genes.start.tolist() == found.best.genotype.tolist()
+    weights = {"aligned": 0.3, "expert-a": 0.6}
+    models = [
+        {"model": f"{world}/{name}", "parameters": {"weight": weight}}
+        for name, weight in weights.items()
+    ]
+    (tmp_path / "mix.yml").write_text(yaml.safe_dump({"models": models}))
+    path = write_config(
+        genome={"filters": ["mlp"]}, align={"warm_start": str(tmp_path / "mix.yml")}
+    )
+    assert read_config(path).genes.start.tolist() == [0.3, 0.3, 0.6, 0.6]
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"searcher": "cmaes"}, "align.searcher: found 'cmaes'; expected one of cma"),
     (
@@ -290,6 +336,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "align.start.weight: found 3; expected a number within its bounds",
     ),
     ({"budget": {"evaluation": 3}}, "align.budget.evaluation: found 3; expected Extra inputs"),
+    (
+        {"objectives": ["response_alignment", "response_alignment:logprob"], "searcher": "cma"},
+        "align.objectives: found 2 with the searcher cma; expected one, or the searcher grid",
+    ),
+    ({"warm_start": "none.journal"}, "none.journal: found no such file; expected the study"),
     ({"study": "nosql://x"}, "align.study: found nosql://x"),
 ]
 

@@ -3,8 +3,8 @@
 A *genotype* is a candidate's genes, a flat vector within the genes' bounds. An *outcome* is what its
 evaluation gave: objectives to be maximised, and for each constraint how far it is missed, feasible
 meaning <= 0. A searcher may be asked several times before it is told anything, and be told in
-any order. It knows nothing of the clock and draws from its own seeded generator, so that the same asks and
-tells lead to the same candidates: that is how a study resumes.
+any order. It knows nothing of the clock and draws from its own seeded generator, so that the same
+asks and tells lead to the same candidates: that is how a study resumes.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from mergekit_align.evolve.searchers.base import Outcome, Searcher, Space
 class CmaSearcher(Searcher):
     """Generations of candidates around a mean that moves to the better ones.
 
-    Feasible candidates are ranked by their value and come before the infeasible, which are ranked by how
-    much they miss (Deb 2000, doi 10.1016/S0045-7825(99)00389-8); what failed comes last. Where candidates
-    are asked for faster than a generation is told, more are drawn from the same distribution.
+    Feasible candidates are ranked by their value and come before the infeasible, which are ranked by
+    how much they miss (Deb 2000, doi 10.1016/S0045-7825(99)00389-8); what failed comes last. Where
+    candidates are asked for faster than a generation is told, more are drawn from the same
+    distribution.
 
     Args:
         sigma: the initial step.

@@ -20,6 +20,13 @@ from mergekit_align.cli.common import command
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="When to stop.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of the search.")
 @click.option("--device", help="`cpu`, `cuda` or `cuda:1`.  [default: a GPU where there is one]")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Candidates at the same time, one a GPU, or a CPU.  [default: 1, in this process]",
+)
+@click.option("--ray-address", help="HOST:PORT of a running Ray cluster, for the workers.")
 @click.option("--storage-path", help="Where the search keeps its files.  [default: NAME-evolved]")
 @click.option("--task-search-path", multiple=True, help="A directory of lm-eval tasks.")
 def main(
@@ -32,6 +39,8 @@ def main(
     seconds: float | None,
     seed: int | None,
     device: str | None,
+    workers: int,
+    ray_address: str | None,
     storage_path: str | None,
     task_search_path: tuple[str, ...],
 ) -> None:
@@ -67,7 +76,14 @@ def main(
         return
     try:
         evaluator = cache(lambda: Evaluator(config))
-        found = search(config, resume=resume, progress=_progress, evaluator=evaluator)
+        found = search(
+            config,
+            resume=resume,
+            progress=_progress,
+            evaluator=evaluator,
+            workers=workers,
+            ray_address=ray_address,
+        )
     except SearchError as error:
         raise click.ClickException(str(error)) from error
     if sys.stderr.isatty():

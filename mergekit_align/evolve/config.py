@@ -50,6 +50,8 @@ class EvolveConfig(NamedTuple):
     """The directory of everything that the search writes."""
     study: str
     """A journal file, or a URL of Optuna's."""
+    given: dict[str, Any]
+    """What `read_config` was given beside the file."""
 
     @property
     def path(self) -> str:
@@ -111,6 +113,8 @@ def read_config(
     Raises:
         InputError: it cannot be used; before any model is loaded.
     """
+    from mergekit.evo.config import check_for_naughty_config
+
     file = read_genome(path, task_search_path=task_search_path)
     section = file.section
     if seed is not None:
@@ -157,7 +161,17 @@ def read_config(
         section.random_seed or 0,
         directory,
         section.study or str(directory / "study.journal"),
+        {
+            "storage": storage,
+            "evaluations": evaluations,
+            "seconds": seconds,
+            "searcher": searcher,
+            "device": device,
+            "seed": seed,
+            "task_search_path": task_search_path,
+        },
     )
+    check_for_naughty_config(file.config, allow=True)  # which warns of benchmarks among the tasks
     if name == "gradient":
         check_differentiable(config)
     return config

@@ -74,6 +74,8 @@ class Fitness:
         self._others: dict[str, Any] = {}
         for name, each in loaded.items():
             for task in each["tasks"].values():
+                if config.shuffle and not getattr(task, "every_sample", None):
+                    task.dataset = task.dataset.shuffle(seed=_OTHER_SEED)
                 _set_few_shot(task, config.num_fewshot)
                 _build_requests_once(task)
             if _is_response_task(each):

@@ -91,7 +91,7 @@ class LinearKernel(Kernel):
         denominator = weight.sum().reshape(1) if shared["normalize"] else None
         for piece, out in _stretches(target):
             result = torch.zeros(out.shape, device=out.device)
-            for tensor, coefficient in zip(self._tensors, weight.split(1), strict=True):
+            for tensor, coefficient in zip(self._tensors, weight.unsqueeze(1), strict=True):
                 result.addcmul_(tensor[piece], coefficient)
             if denominator is not None:
                 result.div_(denominator)
@@ -236,6 +236,7 @@ class TiesKernel(TaskArithmeticKernel):
         return deltas.sign().to(torch.int8) == majority
 
     def _divisor(self, weights: torch.Tensor, agree: torch.Tensor | None) -> torch.Tensor:
+        assert agree is not None  # of this class it never is
         divisor = _sum(weights * agree)
         divisor[divisor == 0] = 1
         return divisor

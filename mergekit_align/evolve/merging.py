@@ -278,7 +278,7 @@ class MergedModel:
         if name in self._targets:
             return self._targets[name].data
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        buffers = dict(self.model.named_buffers())
+        buffers: dict[str, torch.Tensor] = dict(self.model.named_buffers())
         if name in tied:
             return None
         if name in buffers:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from mergekit_align.errors import InputError
 from mergekit_align.evolve.candidate import Evaluator, Result
 from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.genes import Genotype
+from mergekit_align.evolve.pools import InProcess, Pool, RayPool
 from mergekit_align.evolve.searchers import Outcome, Searcher, Space, make_searcher
 from mergekit_align.evolve.study import Evaluation, Study, open_study
 from mergekit_align.files import write_text
@@ -58,6 +60,8 @@ def search(
     resume: bool = False,
     progress: Progress = lambda line: None,
     evaluator: Callable[[], Evaluator] | None = None,
+    workers: int = 1,
+    ray_address: str | None = None,
 ) -> Search:
     """Search for the best merge of a config.
 
@@ -69,6 +73,8 @@ def search(
         resume: go on with a study where it was left.
         progress: told of every evaluation in a line.
         evaluator: makes that of this config, when it is needed.
+        workers: candidates that are evaluated at the same time, on Ray where more than one.
+        ray_address: of a running Ray cluster.
 
     Raises:
         InputError: the config or its study cannot be used.
@@ -95,19 +101,34 @@ def search(
         searcher = make_searcher(config.searcher, space, config.file.section)
         asking = replay(searcher, study.evaluations, config.study)
         before = len(study.evaluations)
+        started = time.monotonic()
+
+        def ends() -> bool:
+            late = config.seconds is not None and time.monotonic() - started > config.seconds
+            return late or interrupted()
+
         if before < config.evaluations:
-            candidates = evaluator() if evaluator is not None else Evaluator(config)
-            started = time.monotonic()
-            while len(study.evaluations) < config.evaluations and not interrupted():
-                if config.seconds is not None and time.monotonic() - started > config.seconds:
+            gradient = searcher.needs_gradient
+            pool: Pool
+            if workers > 1 or ray_address is not None:
+                pool = RayPool(config, workers, address=ray_address, gradient=gradient)
+            else:
+                pool = InProcess(evaluator or cache(lambda: Evaluator(config)), gradient=gradient)
+            running: set[int] = set()
+            while True:
+                left = config.evaluations - len(study.evaluations) - len(running)
+                while left > 0 and len(running) < pool.size and not ends():
+                    number = asking.next(running)
+                    if number is None:
+                        break
+                    pool.submit(number, asking.pending[number])
+                    running.add(number)
+                    left -= 1
+                if not running:
                     break
-                genotype = asking.next()
-                if genotype is None:
-                    break
-                evaluation = asking.answer(
-                    0, candidates.evaluate(genotype, gradient=searcher.needs_gradient), config.seed
-                )
-                study.add(evaluation)
+                number, result = pool.wait()
+                running.remove(number)
+                study.add(asking.answer(number, result, config.seed))
                 _keep_best(config, study)
                 progress(_line(config, study, before, time.monotonic() - started))
                 _check_failures(study.evaluations)
@@ -122,11 +143,12 @@ class Asking:
         self.asks = 0
         self.pending: dict[int, Genotype] = {}
 
-    def next(self) -> Genotype | None:
-        """Ask for a candidate, or give the one that is still to be evaluated."""
-        for genotype in self.pending.values():
-            return genotype
-        return self.ask()
+    def next(self, running: Collection[int]) -> int | None:
+        """The number of a candidate that is not `running`: one asked for before, or a new one."""
+        waiting = [number for number in self.pending if number not in running]
+        if waiting:
+            return waiting[0]
+        return self.asks - 1 if self.ask() is not None else None
 
     def ask(self) -> Genotype | None:
         genotype = self._searcher.ask()
@@ -135,9 +157,8 @@ class Asking:
             self.asks += 1
         return genotype
 
-    def answer(self, place: int, result: Result, seed: int) -> Evaluation:
-        """Tell what became of the candidate at `place` among the pending."""
-        number = list(self.pending)[place]
+    def answer(self, number: int, result: Result, seed: int) -> Evaluation:
+        """Tell what became of a pending candidate."""
         evaluation = Evaluation(
             self.pending[number],
             number,
@@ -196,9 +217,11 @@ def fitness_of(config: EvolveConfig, evaluation: Evaluation) -> float:
         return -math.inf
     if not config.objectives:
         return evaluation.values[0]
-    return sum(
-        evaluation.results[task.name][task.metric] * task.weight
-        for task in config.file.config.tasks
+    return float(
+        sum(
+            evaluation.results[task.name][task.metric] * task.weight
+            for task in config.file.config.tasks
+        )
     )
 
 

@@ -24,7 +24,7 @@ class OptunaSearcher(Searcher):
         self._study = optuna.create_study(
             directions=["maximize"] * space.objectives, sampler=sampler
         )
-        self._distributions = {
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             gene.name: optuna.distributions.FloatDistribution(gene.low, gene.high)
             for gene in space.genes
         }

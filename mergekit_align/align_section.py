@@ -8,14 +8,17 @@ working directory, like the models' paths in the same file.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
+import mergekit.merge_methods  # noqa: F401 (first: as it loads it asks for ours, where `Role` is)
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_align.errors import InputError
 from mergekit_align.guard.settings import GuardSettings
 from mergekit_align.merge_methods.roles import Role
 from mergekit_align.yaml_files import check_section
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class OpeningTexts(BaseModel):
@@ -27,8 +30,22 @@ class OpeningTexts(BaseModel):
     help: tuple[str, ...] = Field(min_length=1)
 
 
+class Budget(BaseModel):
+    """When `mergekit-align-evolve` stops."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    evaluations: int | None = Field(default=None, ge=1)
+    """Number of evaluations, those of an earlier run of the same study included."""
+    seconds: float | None = Field(default=None, gt=0)
+    """Seconds of a run; the candidate that is being evaluated then is the last."""
+
+
 class AlignSection(BaseModel):
-    """What a config can say to `mergekit-evolve` beyond its genome and tasks."""
+    """What a config can say beyond its genome and tasks.
+
+    The stock `mergekit-evolve` ignores what only `mergekit-align-evolve` reads: from `searcher` on.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,6 +85,23 @@ class AlignSection(BaseModel):
     """Seconds after which the search stops."""
     save_final_model: bool | None = None
     """Whether to write the best merge as a model."""
+    searcher: str | None = None
+    """What proposes candidates; by default `cma`, or `nsga2` where there are `objectives`."""
+    budget: Budget = Budget()
+    """When to stop; by default as `max_fevals` and `timeout` say."""
+    bounds: dict[str, tuple[Finite, Finite]] = {}
+    """Range of each genome parameter: `{weight: [0, 1.5]}`."""
+    floors: dict[str, Finite] = {}
+    """Least value of a metric that a candidate may have: `{TASK:METRIC: 0.95}`."""
+    objectives: tuple[str, ...] = ()
+    """Metrics, each `TASK:METRIC`, for a search of their Pareto front in place of one fitness."""
+    study: str | None = None
+    """Where evaluations are remembered: a journal file, or a URL of Optuna's; by default
+    `study.journal` in `storage_path`."""
+    warm_start: str | None = None
+    """Where the search starts: a mergekit config with weights, or another search's journal."""
+    grid_points: int = Field(default=5, ge=2)
+    """Values of each gene for the searcher `grid`."""
 
 
 def parse_align_section(content: dict[str, Any], file: str | os.PathLike[str]) -> AlignSection:

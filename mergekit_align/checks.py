@@ -208,8 +208,8 @@ def load_tasks(
     search_path: Sequence[str],
     *,
     metadata: dict[str, Any],
-) -> list[Task]:
-    """lm-eval's tasks: each is known, reports the metric asked for, and has a finite weight.
+) -> dict[str, TaskDict]:
+    """What lm-eval loads for each task's name; each is known and reports what is asked of it.
 
     Raises:
         InputError: names the file, the key, what was found and what was expected.
@@ -221,12 +221,14 @@ def load_tasks(
             raise InputError.at(
                 file, f"tasks[{index}].weight", found=task.weight, expected="a finite number"
             )
-    names = {
-        f"{os.fspath(file)}: tasks[{index}].name": task.name for index, task in enumerate(tasks)
-    }
-    found = list(find_tasks(names, search_path, metadata=metadata).values())
-    for index, (task, loaded) in enumerate(zip(tasks, found, strict=True)):
-        metrics = _metrics(loaded)
+    names: dict[str, str] = {}
+    for index, task in enumerate(tasks):
+        if task.name not in names.values():
+            names[f"{os.fspath(file)}: tasks[{index}].name"] = task.name
+    loaded = find_tasks(names, search_path, metadata=metadata)
+    found = {name: loaded[where] for where, name in names.items()}
+    for index, task in enumerate(tasks):
+        metrics = task_metrics(found[task.name])
         if metrics and task.metric not in metrics:
             raise InputError.at(
                 file,
@@ -234,7 +236,7 @@ def load_tasks(
                 found=repr(task.metric),
                 expected=f"one of {', '.join(sorted(metrics))}{closest(task.metric, metrics)}",
             )
-    return [task for loaded in found for task in loaded["tasks"].values()]
+    return found
 
 
 def scores_alignment(task: Task) -> bool:
@@ -244,7 +246,7 @@ def scores_alignment(task: Task) -> bool:
     return getattr(task, "sample_type", None) == "alignment" or "alignment" in tags
 
 
-def _metrics(loaded: Any) -> set[str]:
+def task_metrics(loaded: Any) -> set[str]:
     """`metric,filter` names of one task; of a group only what it aggregates, so none are listed."""
     if loaded.get("groups") or len(loaded["tasks"]) != 1:
         return set()

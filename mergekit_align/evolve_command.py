@@ -8,35 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from mergekit_align import upstream_fixes
-from mergekit_align.align_section import AlignSection, parse_align_section
-from mergekit_align.checks import (
-    check_genome,
-    check_models,
-    check_start,
-    check_writable,
-    load_tasks,
-    scores_alignment,
-)
+from mergekit_align.align_section import AlignSection
+from mergekit_align.checks import check_writable, scores_alignment
 from mergekit_align.cli.common import InputErrorMessage
 from mergekit_align.devices import default_device, use_cpu_only
-from mergekit_align.errors import InputError, closest
-from mergekit_align.eval_task_files import eval_tasks_path
+from mergekit_align.errors import InputError
+from mergekit_align.genome_config import read_genome, task_metadata
 from mergekit_align.genome_methods import give_genomes_roles, start_genomes_at
-from mergekit_align.merge_methods.roles import MergeConfigError, check_role_names
-from mergekit_align.yaml_files import input_error, read_yaml_mapping
-
-if TYPE_CHECKING:
-    from mergekit.evo.genome import ModelGenomeDefinition
 
 # `align:` key -> parameter of the stock command, where the two names differ
 _RENAMED = {"workers": "num_gpus"}
-_NOT_OPTIONS = {"data", "openings", "guard", "task_search_path", "device", "start", "roles"}
+_OPTIONS = (
+    "storage_path",
+    "max_fevals",
+    "batch_size",
+    "random_seed",
+    "workers",
+    "in_memory",
+    "strategy",
+    "sigma0",
+    "force_population_size",
+    "timeout",
+    "save_final_model",
+)
 
 
 def extend_command() -> None:
@@ -83,62 +83,26 @@ def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
     Raises:
         InputError: the config, its models, tasks or data cannot be used.
     """
-    from mergekit.evo.config import EvolMergeConfiguration
-    from pydantic import ValidationError
-
     explicit = set(explicit)
     file = options["genome_config_path"]
-    content = read_yaml_mapping(file)
-    section = parse_align_section(content, file)
-    for key, value in section.model_dump(exclude=_NOT_OPTIONS, exclude_none=True).items():
+    genome_file = read_genome(
+        file,
+        task_search_path=options["task_search_path"],
+        allow_crimes=options["allow_crimes"],
+    )
+    section = genome_file.section
+    for key, value in section.model_dump(include=set(_OPTIONS), exclude_none=True).items():
         name = _RENAMED.get(key, key)
         if name not in explicit:
             options[name] = value
     if options["storage_path"] is None:
         options["storage_path"] = f"{Path(file).stem}-evolved"
-    options["task_search_path"] = [
-        str(eval_tasks_path()),
-        *section.task_search_path,
-        *options["task_search_path"],
-    ]
-    check_genome(content, file)
-    try:
-        config = EvolMergeConfiguration.model_validate(content)
-    except ValidationError as error:
-        raise input_error(error, file, prefix="") from error
-    section = _with_roles(section, config.genome, file)
-    check_start(section.start or {}, config.genome.merge_method, file)
-    if not options["allow_crimes"]:
-        check_models(config.genome, file)
-    tasks = load_tasks(
-        config.tasks, file, options["task_search_path"], metadata=task_metadata(section)
-    )
+    options["task_search_path"] = genome_file.task_search_path
     check_writable(options["storage_path"], file, "align.storage_path")
-    if not any(scores_alignment(task) for task in tasks):
+    if not any(scores_alignment(task) for task in genome_file.tasks):
         click.echo(f"{file}: tasks: none of them scores alignment", err=True)
     _choose_device(section.device, options, explicit, file)
     return section
-
-
-def _with_roles(section: AlignSection, genome: ModelGenomeDefinition, file: str) -> AlignSection:
-    """The section with its roles in the order of the genome's models.
-
-    Raises:
-        InputError: a model has no role where the method asks for it, or a role is no model's.
-    """
-    given = section.roles or {}
-    models = [str(model) for model in genome.models]
-    for name in given:
-        if name not in models:
-            expected = f"one of the genome's models{closest(name, models)}"
-            raise InputError.at(file, f"align.roles.{name}", found="no model", expected=expected)
-    try:
-        check_role_names(genome.merge_method, [(name, given.get(name)) for name in models])
-    except MergeConfigError as error:
-        raise InputError(f"{file}: align.roles: {error}") from error
-    if not given:
-        return section
-    return section.model_copy(update={"roles": {name: given[name] for name in models}})
 
 
 def _choose_device(
@@ -155,18 +119,6 @@ def _choose_device(
     if default_device() == "cpu":
         options["merge_cuda"] = False
         options["num_gpus"] = options["num_gpus"] or _cpu_workers()
-
-
-def task_metadata(section: AlignSection) -> dict[str, Any]:
-    """What lm-eval passes on to every task: where our response tasks find their samples."""
-    metadata: dict[str, Any] = {}
-    if section.data is not None:
-        metadata["data"] = str(Path(section.data).resolve())
-    if section.openings is not None:
-        metadata["openings"] = section.openings.model_dump()
-    if section.guard is not None:
-        metadata["guard"] = section.guard.model_dump()
-    return metadata
 
 
 def _give_tasks_their_data(section: AlignSection) -> None:

@@ -17,7 +17,7 @@ from mergekit.merge_methods.base import MISSING, MergeMethod, ParameterScope
 if TYPE_CHECKING:
     from mergekit_align.merge_methods.roles import Role
 
-_FRACTIONS = ("density", "gamma", "epsilon")
+FRACTIONS = ("density", "gamma", "epsilon")
 _upstream_methods = frozenset(evo_genome.METHOD_PARAM_MAPS)
 
 
@@ -61,7 +61,7 @@ def extend_genome() -> None:
         roles = dict(zip(self.definition.models, getattr(self, "roles", ()), strict=False))
         genotype = self._to_torch(genotype).clone()
         for index, name in enumerate(evo_genome.METHOD_PARAM_MAPS[method]):
-            if name in _FRACTIONS:
+            if name in FRACTIONS:
                 genotype[..., index] = genotype[..., index].abs().clamp(0, 1)
         config = original_config(self, genotype)
         if self.definition.normalize is None:
@@ -81,15 +81,18 @@ def start_genomes_at(values: Mapping[str, float]) -> None:
 
     def initial_genotype(self: Any, random: bool = False) -> torch.Tensor:
         start: torch.Tensor = original(self, random)
-        if not random:
-            for index, name in enumerate(
-                evo_genome.METHOD_PARAM_MAPS[self.definition.merge_method]
-            ):
-                if name in values:
-                    start[..., index] = values[name]
-        return start
+        return start if random else start_at(start, self.definition.merge_method, values)
 
     genome.initial_genotype = initial_genotype
+
+
+def start_at(start: torch.Tensor, method: str, values: Mapping[str, float]) -> torch.Tensor:
+    """A genotype [layer groups, models, tensor filters, parameters] with `values` by parameter."""
+    start = start.clone()
+    for index, name in enumerate(evo_genome.METHOD_PARAM_MAPS[method]):
+        if name in values:
+            start[..., index] = values[name]
+    return start
 
 
 def give_genomes_roles(roles: Sequence[Role]) -> None:

@@ -1,4 +1,4 @@
-"""Sample loss as something to minimise: its gradient with respect to a model's parameters.
+"""How likely a model finds responses, and how it decides, as something to differentiate.
 
 For a merge that is linear in its weights one backward pass is enough for all of them: a weight's
 gradient is the inner product of the parameters' gradient with the model that it scales.
@@ -6,12 +6,14 @@ gradient is the inner product of the parameters' gradient with the model that it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from mergekit_align.encoding import EncodedSample
+from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.reading import length_sorted_batches, run_model
 
 if TYPE_CHECKING:
@@ -23,20 +25,113 @@ BATCH_TOKENS = 2048
 
 def accumulate_gradient(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> float:
     """The mean sample loss (nats/token); its gradient is added to the parameters' `grad`."""
-    batches = length_sorted_batches(
-        [each.lengths for each in encoded], lambda size: size.padded <= BATCH_TOKENS
-    )
-    total = 0.0
-    for batch in batches:
-        loss = summed_loss(model, [encoded[n] for n in batch]) / len(encoded)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    return total
+    return _accumulate(encoded, partial(summed_loss, model))
 
 
 def summed_loss(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch.Tensor:
     """Sum of the sample losses of a batch (nats/token), to be differentiated."""
-    # Prompts end, and responses begin, at one place: logits are needed from there on alone.
+    logprobs, counts = _response_logprobs(model, batch)
+    return -(logprobs / counts).sum()
+
+
+def accumulate_logprob_gradient(
+    model: PreTrainedModel, encoded: Sequence[EncodedSample], *, by_token: bool
+) -> float:
+    """The responses' mean log-probability; its gradient is added to the parameters' `grad`.
+
+    Args:
+        by_token: mean over each response's tokens (nats/token) in place of their sum (nats).
+    """
+
+    def summed(batch: Sequence[EncodedSample]) -> torch.Tensor:
+        logprobs, counts = _response_logprobs(model, batch)
+        return (logprobs / counts if by_token else logprobs).sum()
+
+    return _accumulate(encoded, summed)
+
+
+def accumulate_decision_gradient(
+    model: PreTrainedModel,
+    encoded: Sequence[EncodedSample],
+    openings: Openings,
+    *,
+    refusal_wanted: bool,
+    margin: bool,
+) -> float:
+    """The mean log-probability of the wanted decision; its gradient is added to the parameters' `grad`.
+
+    Args:
+        openings: of refusals and of help, as `loss` compares them.
+        margin: the decision's log-odds in place of its log-probability, nats.
+    """
+    # What the prompts are read with, once for each: together they contain every beginning.
+    branches = openings.shared_beginnings() or [()]
+    rows = [EncodedSample(each.prompt_ids, [*branch, 0]) for each in encoded for branch in branches]
+    width = len(branches)
+
+    def summed(batch: Sequence[EncodedSample]) -> torch.Tensor:
+        following = _next_logprobs(model, batch)
+        after: dict[TokenIds, torch.Tensor] = {}
+        for index, branch in enumerate(branches):
+            for length in range(len(branch) + 1):
+                # Responses begin at one place, where the prompt's last token predicts.
+                after[branch[:length]] = following[index::width, length]
+
+        def logprob(kind: Sequence[TokenIds]) -> torch.Tensor:
+            each = [
+                torch.stack([after[o[:n]][:, token] for n, token in enumerate(o)]).sum(0)
+                for o in kind
+            ]
+            return torch.stack(each).logsumexp(0)
+
+        odds = logprob(openings.refusal) - logprob(openings.help)
+        odds = odds if refusal_wanted else -odds
+        return (odds if margin else torch.nn.functional.logsigmoid(odds)).sum()
+
+    return _accumulate(rows, summed, group=width)
+
+
+def _accumulate(
+    rows: Sequence[EncodedSample],
+    summed: Callable[[Sequence[EncodedSample]], torch.Tensor],
+    group: int = 1,
+) -> float:
+    """Mean over groups of rows of what `summed` sums up over a batch of whole groups."""
+    groups = [rows[start : start + group] for start in range(0, len(rows), group)]
+    # A group's rows have one prompt.
+    lengths = [(len(own[0].prompt_ids), max(len(r.response_ids) for r in own)) for own in groups]
+    batches = length_sorted_batches(lengths, lambda size: group * size.padded <= BATCH_TOKENS)
+    total = 0.0
+    for batch in batches:
+        value = summed([row for index in batch for row in groups[index]]) / len(groups)
+        value.backward()  # type: ignore[no-untyped-call]
+        total += float(value.detach())
+    return total
+
+
+def _response_logprobs(
+    model: PreTrainedModel, batch: Sequence[EncodedSample]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each response, and its number of tokens, [batch]."""
+    ids, mask, before = _padded(batch, model.device)
+    after = ids.shape[1] - before
+    logits = _logits(model, ids, mask, after)
+    targets = ids[:, before:].unsqueeze(2)
+    logprobs = logits.gather(2, targets).squeeze(2) - logits.logsumexp(2)
+    answered = mask[:, before:]
+    return (logprobs * answered).sum(1), answered.sum(1)
+
+
+def _next_logprobs(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch.Tensor:
+    """Log-probabilities where each response token is predicted, [batch, longest, vocabulary]."""
+    ids, mask, before = _padded(batch, model.device)
+    return _logits(model, ids, mask, ids.shape[1] - before).log_softmax(2)
+
+
+def _padded(
+    batch: Sequence[EncodedSample], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Ids and mask [batch, tokens]; prompts end, and responses begin, at one place, which is third."""
     before = max(len(each.prompt_ids) for each in batch)
     after = max(len(each.response_ids) for each in batch)
     ids = torch.zeros(len(batch), before + after, dtype=torch.long)
@@ -45,12 +140,15 @@ def summed_loss(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch
         start, end = before - len(each.prompt_ids), before + len(each.response_ids)
         ids[row, start:end] = torch.tensor([*each.prompt_ids, *each.response_ids])
         mask[row, start:end] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    return ids.to(device), mask.to(device), before
+
+
+def _logits(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, after: int
+) -> torch.Tensor:
+    """Those that predict the last `after` tokens, float32; the last token is not read."""
+    ids, mask = ids[:, :-1], mask[:, :-1]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = run_model(model, ids, mask, positions, keep=after + 1, use_cache=False)
-    logits = output.logits[:, -after - 1 : -1].float()
-    targets = ids[:, before:].unsqueeze(2)
-    nll = logits.logsumexp(2) - logits.gather(2, targets).squeeze(2)
-    answered = mask[:, before:]
-    loss: torch.Tensor = ((nll * answered).sum(1) / answered.sum(1)).sum()
-    return loss
+    output = run_model(model, ids, mask, positions, keep=after, use_cache=False)
+    logits: torch.Tensor = output.logits[:, -after:].float()
+    return logits

@@ -94,10 +94,7 @@ def response_scores(
         max_batch_size: samples in a batch at most; by default tokens and logits alone bound it.
     """
     reader = ResponseReader(model, encoded, openings=openings, max_batch_size=max_batch_size)
-    scores: dict[int, ResponseScore] = {}
-    for batch in reader.batches:
-        scores |= reader.read(batch)
-    return [scores[index] for index in range(len(encoded))]
+    return reader.scores()
 
 
 class Batch(NamedTuple):
@@ -109,7 +106,12 @@ class Batch(NamedTuple):
 
 
 class ResponseReader:
-    """Scores encoded samples, a batch at a time; arguments as of `response_scores`."""
+    """Scores encoded samples, a batch at a time; arguments as of `response_scores`.
+
+    Args:
+        responses: whether the responses are read; without, their log-probabilities are NaN and only
+            the decision is told, which the prompt is enough for.
+    """
 
     def __init__(
         self,
@@ -118,8 +120,10 @@ class ResponseReader:
         *,
         openings: Sequence[Openings | None] | None = None,
         max_batch_size: int | None = None,
+        responses: bool = True,
     ) -> None:
         self._model = model
+        self._responses = responses
         self._encoded = encoded
         self._openings = openings or [None] * len(encoded)
         self._preamble: Preamble | None = None
@@ -144,13 +148,23 @@ class ResponseReader:
             for batch in length_sorted_batches(lengths, fits):
                 yield Batch([members[n] for n in batch], shared)
 
+    def scores(self) -> list[ResponseScore]:
+        """Scores of all samples, in their order, by the model as it is now."""
+        self._preamble = None
+        scores: dict[int, ResponseScore] = {}
+        for batch in self.batches:
+            scores |= self.read(batch)
+        return [scores[index] for index in range(len(self._encoded))]
+
     def read(self, batch: Batch) -> dict[int, ResponseScore]:
         """The scores of one batch, by index."""
         if self._preamble is None or self._preamble.ids != batch.shared:
             self._preamble = Preamble(self._model, batch.shared) if batch.shared else None
         chosen = [self._encoded[index] for index in batch.indices]
         prompts = PromptBatch(self._model, [each.prompt_ids for each in chosen], self._preamble)
-        logprobs = prompts.logprobs([each.response_ids for each in chosen]).sum(1)
+        logprobs = torch.full((len(chosen),), torch.nan)
+        if self._responses:
+            logprobs = prompts.logprobs([each.response_ids for each in chosen]).sum(1)
         margins = _margins(prompts, [self._openings[index] for index in batch.indices])
         return {
             index: ResponseScore(float(logprobs[row]), len(each.response_ids), margins[row])

@@ -156,6 +156,21 @@ def response_loglikelihood(lm: LM, requests: Sequence[ResponseRequest]) -> list[
     Raises:
         InputError: the backend does not tokenize here, so that responses have no token count.
     """
+    encoded, openings = encode_requests(lm, requests)
+    if isinstance(lm, HFLM) and lm.backend == "causal":
+        size = lm.batch_size if isinstance(lm.batch_size, int) and lm.batch_size > 1 else None
+        return response_scores(lm.model, encoded, openings=openings, max_batch_size=size)
+    return _scores_by_backend(lm, requests, encoded, openings)
+
+
+def encode_requests(
+    lm: LM, requests: Sequence[ResponseRequest]
+) -> tuple[list[EncodedSample], list[Openings | None]]:
+    """Requests as a model reads them, each with the openings that its decision margin compares.
+
+    Raises:
+        InputError: the backend does not tokenize here.
+    """
     tokenizer = getattr(lm, "tokenizer", None)
     if not isinstance(lm, TemplateLM) or not callable(tokenizer):
         raise InputError(
@@ -167,11 +182,7 @@ def response_loglikelihood(lm: LM, requests: Sequence[ResponseRequest]) -> list[
         encoder.encode(request.args[0], request.args[1], templated=request.templated)
         for request in requests
     ]
-    openings = _request_openings(encoder, requests)
-    if isinstance(lm, HFLM) and lm.backend == "causal":
-        size = lm.batch_size if isinstance(lm.batch_size, int) and lm.batch_size > 1 else None
-        return response_scores(lm.model, encoded, openings=openings, max_batch_size=size)
-    return _scores_by_backend(lm, requests, encoded, openings)
+    return encoded, _request_openings(encoder, requests)
 
 
 @lru_cache(maxsize=1)

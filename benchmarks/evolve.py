@@ -1,0 +1,212 @@
+"""What a search in memory costs, side by side with the repaired stock command and mergekit's kernels.
+
+    python benchmarks/evolve.py evaluations demo-world     # against mergekit-evolve on disk
+    python benchmarks/evolve.py merge BASE MODEL MODEL     # merge steps against mergekit's kernels
+    python benchmarks/evolve.py gradient demo-world        # gradient against CMA-ES
+
+`evaluations` runs examples/genomic.yml, `--limit` samples a task, with few and with many evaluations,
+so that the difference is evaluations alone; wall time, one candidate at a time on both sides. `merge`
+gives the processor time of a step that changes every weight and density, and the time that copying the
+same bytes takes. `gradient` compares the same fitness on the same samples, in processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from machine import name, peak_memory
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from rich.console import Console
+from rich.table import Table
+
+from mergekit_align.evolve import read_config, search
+from mergekit_align.evolve.merging import MergedModel
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CONSOLE = Console()
+
+
+def example(file: str, world: Path, directory: Path, **align: Any) -> dict[str, Any]:
+    """An example's config, of `world`, that writes to `directory`."""
+    text = (EXAMPLES / f"{file}.yml").read_text(encoding="utf-8")
+    content: dict[str, Any] = yaml.safe_load(text.replace("demo-world", str(world.resolve())))
+    content["align"] |= {
+        "task_search_path": [str(EXAMPLES / "tasks")],
+        "storage_path": str(directory),
+        **align,
+    }
+    return content
+
+
+def run(command: str, world: Path, evaluations: int, limit: int | None, **align: Any) -> float:
+    """Seconds of a whole run of one of the two commands."""
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        content = example("genomic", world, directory / "out", max_fevals=evaluations, **align)
+        content["align"] |= {"force_population_size": 8, "save_final_model": False, "workers": 1}
+        if limit is not None:
+            content["limit"] = limit
+        config = directory / "genomic.yml"
+        config.write_text(yaml.safe_dump(content), encoding="utf-8")
+        started = time.monotonic()
+        result = subprocess.run(
+            [str(Path(sys.executable).with_name(command)), str(config)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            sys.exit(f"{command} failed:\n{result.stderr[-2000:]}")
+        return time.monotonic() - started
+
+
+def evaluations(world: Path, limit: int | None) -> dict[str, Any]:
+    few, many, found = 16, 32, {}
+    for label, command, align in (
+        ("stock, on disk", "mergekit-evolve", {"in_memory": False}),
+        ("ours", "mergekit-align-evolve", {}),
+    ):
+        whole = run(command, world, few, limit, **align)
+        longer = run(command, world, many, limit, **align)
+        found[label] = {f"whole run of {few}": whole, "evaluation": (longer - whole) / (many - few)}
+    table = Table("seconds", *found, "times as fast")
+    for key in found["ours"]:
+        both = [each[key] for each in found.values()]
+        table.add_row(key, *(f"{each:.3f}" for each in both), f"{both[0] / both[1]:.1f}")
+    CONSOLE.print(table)
+    return found
+
+
+def merge(base: str, models: list[str]) -> dict[str, Any]:
+    def config(method: str, scale: float) -> MergeConfiguration:
+        own = {"weight": 0.7 * scale, **({"density": 0.5 * scale} if method == "ties" else {})}
+        return MergeConfiguration.model_validate(
+            {
+                "merge_method": method,
+                "base_model": None if method == "linear" else base,
+                "models": [{"model": model, "parameters": own} for model in models],
+                "dtype": "bfloat16",
+                "parameters": {"normalize": True},
+            }
+        )
+
+    found: dict[str, Any] = {}
+    options = MergeOptions(quiet=True)
+    for method in ("linear", "task_arithmetic", "ties"):
+        each: dict[str, float] = {}
+        for label, fast in (("mergekit's kernel", False), ("ours", True)):
+            merged = MergedModel(config(method, 1.0), options, fast=fast)
+            first, *steps = [
+                _seconds(merged.merge, config(method, scale)) for scale in (1.0, 0.9, 0.8, 0.7)
+            ]
+            each[f"{label}, first"], each[label] = first, min(steps)
+        count = sum(parameter.numel() for parameter in merged.model.parameters())
+        bytes_moved = 2 * count * (len(models) + (method != "linear")) + 4 * count
+        each["copying the same bytes"] = bytes_moved / _bandwidth()
+        found[method] = each
+        found["parameters"] = count
+    table = Table(
+        "processor seconds",
+        "first, mergekit's",
+        "first, ours",
+        "mergekit's",
+        "ours",
+        "copy",
+        "ours / copy",
+        "times as fast",
+    )
+    for method in ("linear", "task_arithmetic", "ties"):
+        each = found[method]
+        ours, theirs, copy = each["ours"], each["mergekit's kernel"], each["copying the same bytes"]
+        firsts = [each["mergekit's kernel, first"], each["ours, first"]]
+        cells = [*firsts, theirs, ours, copy]
+        table.add_row(
+            method, *(f"{x:.3f}" for x in cells), f"{ours / copy:.1f}", f"{theirs / ours:.1f}"
+        )
+    CONSOLE.print(table)
+    CONSOLE.print(
+        f"{found['parameters'] / 1e6:.0f}M parameters; peak {peak_memory() / 2**20:.0f} MiB"
+    )
+    return found
+
+
+def _seconds(step: Callable[..., Any], *arguments: Any) -> float:
+    started = time.process_time()
+    step(*arguments)
+    return time.process_time() - started
+
+
+def _bandwidth() -> float:
+    """Bytes a second that are read or written in copying."""
+    source, target = torch.ones(2**26), torch.zeros(2**26)
+    return 2 * 4 * 2**26 / min(_seconds(target.copy_, source) for _ in range(5))
+
+
+def gradient(world: Path, limit: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        config = Path(place) / "config.yml"
+        for label, searcher, count in (("cma", "cma", 100), ("gradient", "gradient", 24)):
+            content = example("evolve_gradient", world, Path(place) / label, budget={})
+            content["align"] |= {"searcher": searcher, "max_fevals": count}
+            if limit is not None:
+                content["limit"] = limit
+            config.write_text(yaml.safe_dump(content), encoding="utf-8")
+            times: list[float] = []
+            best: list[float] = []
+            started = time.process_time()
+            result = search(
+                read_config(config), progress=lambda line, t=times: t.append(time.process_time())
+            )
+            for evaluation in result.evaluations:
+                values = evaluation.values or (float("-inf"),)
+                best.append(max([*best[-1:], values[0]]))
+            found[label] = {"seconds": [t - started for t in times], "best": best}
+    target = found["cma"]["best"][-1]
+    reached = next((n for n, b in enumerate(found["gradient"]["best"]) if b >= target), None)
+    whole = found["cma"]["seconds"][-1]
+    CONSOLE.print(f"CMA-ES, 100 evaluations: {target:.4f} in {whole:.1f} s")
+    if reached is None:
+        CONSOLE.print(f"gradient: {found['gradient']['best'][-1]:.4f}, not reached")
+    else:
+        seconds = found["gradient"]["seconds"][reached]
+        CONSOLE.print(
+            f"gradient: reached after {reached + 1} evaluations in {seconds:.1f} s, "
+            f"{seconds / whole:.2f} of the time; in the end {found['gradient']['best'][-1]:.4f}"
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=["evaluations", "merge", "gradient"])
+    parser.add_argument("paths", nargs="+", help="the demo world; or base and models")
+    parser.add_argument("--limit", type=int, help="samples a task")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    CONSOLE.print(f"{name()}, {torch.get_num_threads()} threads")
+    if arguments.what == "merge":
+        found = merge(arguments.paths[0], arguments.paths[1:])
+    elif arguments.what == "evaluations":
+        found = evaluations(Path(arguments.paths[0]), arguments.limit)
+    else:
+        found = gradient(Path(arguments.paths[0]), arguments.limit)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

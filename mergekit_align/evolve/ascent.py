@@ -1,0 +1,131 @@
+"""The gradient of a candidate's fitness and floors with respect to its genes.
+
+One forward and one backward pass of the merged model give dF/dW for each metric; a weight's derivative
+is its inner product with what the weight scales (see `kernels`), so that weights by layer and by
+filter cost no further pass. The rounding of a merge to bfloat16 is taken as the identity, the sign
+election of TIES and its selections as fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mergekit_align.errors import InputError
+from mergekit_align.evolve.fitness import Fitness, Results
+from mergekit_align.evolve.genes import Array, Genes, Genotype
+from mergekit_align.evolve.kernels import KERNELS
+from mergekit_align.evolve.merging import MergedModel
+from mergekit_align.tasks import ResponseTask
+
+if TYPE_CHECKING:
+    from mergekit_align.evolve.config import EvolveConfig
+
+DIFFERENTIABLE = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob")
+"""Metrics of response tasks that have a gradient."""
+
+
+class Slope(NamedTuple):
+    """Metrics of a candidate with their gradients."""
+
+    results: Results
+    gradients: Mapping[tuple[str, str], Array]
+    """By task and metric, [genes]."""
+
+
+def check_differentiable(config: EvolveConfig) -> None:
+    """That the searcher `gradient` can search a config.
+
+    Raises:
+        InputError: its method or one of its tasks has no gradient; says what to use.
+    """
+    method = config.file.config.genome.merge_method
+    if method not in KERNELS:
+        raise InputError.at(
+            config.path,
+            "align.searcher",
+            found=f"'gradient' with {method}",
+            expected=f"it with {', '.join(KERNELS)}, or the searcher cma",
+        )
+    for index, task in enumerate(config.file.config.tasks):
+        _check_metric(config, task.name, task.metric, f"tasks[{index}]")
+    for floor in config.floors:
+        _check_metric(config, floor.task, floor.metric, f"align.floors.{floor.name}")
+
+
+def _check_metric(config: EvolveConfig, name: str, metric: str, where: str) -> None:
+    tasks = list(config.file.loaded[name]["tasks"].values())
+    if len(tasks) != 1 or not isinstance(tasks[0], ResponseTask):
+        raise InputError.at(
+            config.path,
+            where,
+            found=f"{name}, which has no gradient,",
+            expected="a response task with the searcher gradient, or the searcher cma",
+        )
+    plain = metric.removesuffix(",none")
+    if plain not in DIFFERENTIABLE:
+        close = "decision_logprob" if plain.startswith("decision") else "logprob"
+        raise InputError.at(
+            config.path,
+            where,
+            found=f"{name} {plain}, which has no gradient",
+            expected=f"{close} with the searcher gradient, or the searcher cma",
+        )
+
+
+class Ascent:
+    """Finds gradients of the one model that every candidate is.
+
+    Args:
+        fitness: whose tasks are response tasks, all of them.
+    """
+
+    def __init__(self, genes: Genes, merged: MergedModel, fitness: Fitness) -> None:
+        self._genes = genes
+        self._merged = merged
+        self._fitness = fitness
+        self._jacobian = self._weights_by_gene()
+        merged.model.requires_grad_(True)
+
+    def at(self, genotype: Genotype, wanted: Sequence[tuple[str, str]]) -> Slope:
+        """The metrics, by task, of the candidate that the model is now, with their gradients."""
+        merges = self._merged.resolve(self._genes.config(genotype))
+        results: Results = {}
+        gradients: dict[tuple[str, str], Array] = {}
+        for task, metric in dict.fromkeys(wanted):
+            self._merged.model.zero_grad()
+            value = self._fitness.accumulate_gradient(task, metric)
+            results.setdefault(task, {})[metric] = value
+            gradient = np.zeros(len(self._genes))
+            for merge in merges:
+                parameter = self._merged.parameter(merge.weight.name)
+                kernel = self._merged.kernel(merge)
+                if parameter is None or parameter.grad is None or kernel is None:
+                    continue
+                products = kernel.products(parameter.grad, merge.shared, merge.own)
+                for model, product in products.items():
+                    for gene, share in self._jacobian[merge.weight.name, str(model)].items():
+                        gradient[gene] += share * product
+            gradients[task, metric] = gradient
+        self._merged.model.zero_grad()
+        return Slope(results, gradients)
+
+    def _weights_by_gene(self) -> dict[tuple[str, str], dict[int, float]]:
+        """By tensor and model, the derivative of its weight by each gene that it depends on.
+
+        A weight is a gene, or lies between two of them, so that one genotype a gene tells.
+        """
+        found: dict[tuple[str, str], dict[int, float]] = {}
+        for index, gene in enumerate(self._genes.every):
+            if not gene.name.startswith("weight "):
+                continue
+            unit = np.zeros(len(self._genes))
+            unit[index] = 1.0
+            for merge in self._merged.resolve(self._genes.config(unit)):
+                for model, parameters in merge.own.items():
+                    shares = found.setdefault((merge.weight.name, str(model)), {})
+                    if parameters.get("weight"):
+                        shares[index] = parameters["weight"]
+        return found

@@ -1,0 +1,247 @@
+"""The fitness of the one model that every candidate is, as the stock search defines it.
+
+Tasks are loaded, their requests built and their samples encoded once. Response tasks are read straight
+from the model, all in one; any other task goes through lm-eval, with the seeds that it would have.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mergekit_align.encoding import EncodedSample
+from mergekit_align.gradient import accumulate_decision_gradient, accumulate_logprob_gradient
+from mergekit_align.loss import ResponseReader, ResponseScore
+from mergekit_align.tasks.response import ResponseTask, encode_requests
+
+if TYPE_CHECKING:
+    from mergekit.evo.config import EvolMergeConfiguration
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# lm-eval's own, so that its command gives the same number
+_SEED, _OTHER_SEED = 0, 1234
+
+Results = dict[str, dict[str, float]]
+"""By task's name, each of its metrics, `METRIC,FILTER` as lm-eval names them."""
+
+
+class Scored(NamedTuple):
+    """What a candidate is worth."""
+
+    score: float
+    """The weighted sum of the config's metrics."""
+    results: Results
+
+
+class _Needs(NamedTuple):
+    """What a response task's metrics are made of."""
+
+    responses: bool
+    decisions: bool
+
+
+class Fitness:
+    """The fitness of `model`, whatever its parameters are when it is asked for.
+
+    Args:
+        loaded: what lm-eval loads for each task's name; used up.
+        batch_size: requests that the model answers at once; by default by length.
+        metrics: task and metric of more numbers that are wanted; a response task's others are not
+            computed.
+    """
+
+    def __init__(
+        self,
+        config: EvolMergeConfiguration,
+        loaded: Mapping[str, Any],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int | None = None,
+        metrics: Iterable[tuple[str, str]] = (),
+    ) -> None:
+        self._config = config
+        self._wanted = {*metrics, *((task.name, task.metric) for task in config.tasks)}
+        self._lm = _wrapped(model, tokenizer, batch_size)
+        self._responses: dict[str, ResponseTask] = {}
+        self._encoded: dict[str, tuple[list[EncodedSample], list[Any]]] = {}
+        self._others: dict[str, Any] = {}
+        for name, each in loaded.items():
+            for task in each["tasks"].values():
+                if config.shuffle and not getattr(task, "every_sample", None):
+                    task.dataset = task.dataset.shuffle(seed=_OTHER_SEED)
+                _set_few_shot(task, config.num_fewshot)
+                _build_requests_once(task)
+            if _is_response_task(each):
+                self._responses[name] = next(iter(each["tasks"].values()))
+            else:
+                self._others[name] = each
+        self._readers: list[tuple[list[str], ResponseReader]] = []
+        for needs in (_Needs(True, False), _Needs(False, True), _Needs(True, True)):
+            names = [name for name in self._responses if self._needs(name) == needs]
+            requests = [each for name in names for each in self._build(self._responses[name])]
+            if requests:
+                encoded, openings = encode_requests(self._lm, requests)
+                reader = ResponseReader(
+                    model,
+                    encoded,
+                    openings=openings if needs.decisions else None,
+                    max_batch_size=batch_size,
+                    responses=needs.responses,
+                )
+                self._readers.append((names, reader))
+
+    def score(self) -> Scored:
+        """The fitness of the model as it is now."""
+        results = self._score_responses()
+        if self._others:
+            _seed_everything()
+        for name, loaded in self._others.items():
+            results[name] = self._score_other(name, loaded)
+        return self.total(results)
+
+    def total(self, results: Results) -> Scored:
+        """The fitness that follows from the tasks' metrics."""
+        score = sum(results[task.name][task.metric] * task.weight for task in self._config.tasks)
+        return Scored(float(score), results)
+
+    def accumulate_gradient(self, name: str, metric: str) -> float:
+        """A response task's metric; its gradient is added to the parameters' `grad`."""
+        task = self._responses[name]
+        model = self._lm.model
+        if name not in self._encoded:
+            self._encoded[name] = encode_requests(self._lm, self._build(task))
+        encoded, openings = self._encoded[name]
+        plain = metric.removesuffix(",none")
+        if plain in ("logprob", "sequence_logprob"):
+            return accumulate_logprob_gradient(model, encoded, by_token=plain == "logprob")
+        (kind,) = set(openings)  # one task has the same for all of its samples
+        return accumulate_decision_gradient(
+            model,
+            encoded,
+            kind,
+            refusal_wanted=task.sample_type == "alignment",
+            margin=plain == "decision_margin",
+        )
+
+    def _build(self, task: Any) -> Sequence[Any]:
+        template = self._config.apply_chat_template
+        with redirect_stderr(io.StringIO()):  # its progress bar
+            task.build_all_requests(
+                limit=self._config.limit,
+                apply_chat_template=template,
+                fewshot_as_multiturn=self._config.fewshot_as_multiturn,
+                chat_template=self._lm.apply_chat_template if template else None,
+                tokenizer_name=self._lm.tokenizer_name if template else "",
+            )
+        requests: Sequence[Any] = task.instances
+        return requests
+
+    def _needs(self, name: str) -> _Needs:
+        metrics = {metric for task, metric in self._wanted if task == name}
+        decisions = {metric for metric in metrics if metric.startswith("decision_")}
+        return _Needs(responses=metrics != decisions, decisions=bool(decisions))
+
+    def _score_responses(self) -> Results:
+        results: Results = {}
+        for names, reader in self._readers:
+            scores = iter(reader.scores())
+            for name in names:
+                task = self._responses[name]
+                means = _means(task, [next(scores) for _ in task.instances])
+                results[name] = {
+                    metric: mean for metric, mean in means.items() if (name, metric) in self._wanted
+                }
+        return {name: results[name] for name in self._responses}
+
+    def _score_other(self, name: str, loaded: Any) -> dict[str, float]:
+        from lm_eval import evaluator
+
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # progress bars
+            found = evaluator.evaluate(
+                self._lm,
+                loaded,
+                limit=self._config.limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                apply_chat_template=self._config.apply_chat_template,
+                fewshot_as_multiturn=self._config.fewshot_as_multiturn,
+            )
+        return {
+            metric: float(value)
+            for metric, value in found["results"][name].items()
+            if isinstance(value, int | float) and "_stderr" not in metric and "," in metric
+        }
+
+
+def _wrapped(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None
+) -> Any:
+    import logging
+
+    from lm_eval.models.huggingface import HFLM
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that a model may be wrapped
+    try:
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
+    finally:
+        logger.setLevel(level)
+
+
+def _is_response_task(loaded: Any) -> bool:
+    tasks = list(loaded["tasks"].values())
+    return (
+        not loaded.get("groups")
+        and len(tasks) == 1
+        and isinstance(tasks[0], ResponseTask)
+        and [each.name for each in tasks[0]._filters] == ["none"]
+    )
+
+
+def _means(task: ResponseTask, scores: Sequence[ResponseScore]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for request, score in zip(task.instances, scores, strict=True):
+        for metric, value in task.process_results(request.doc, [score]).items():
+            values.setdefault(metric, []).append(value)
+    aggregate = task.aggregation()
+    return {f"{metric},none": float(aggregate[metric](each)) for metric, each in values.items()}
+
+
+def _set_few_shot(task: Any, count: int | None) -> None:
+    """As `lm_eval.simple_evaluate` does."""
+    own = task.get_config("num_fewshot")
+    if count is not None and own != 0:
+        task.set_config(key="num_fewshot", value=count)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_OTHER_SEED)
+
+
+def _build_requests_once(task: Any) -> None:
+    original = task.build_all_requests
+    built = False
+
+    def build_all_requests(**options: Any) -> None:
+        nonlocal built
+        if not built:
+            original(**options)
+            built = True
+        for request in task.instances:
+            request.resps, request.filtered_resps = [], {}
+
+    task.build_all_requests = build_all_requests
+
+
+def _seed_everything() -> None:
+    """As `lm_eval.simple_evaluate` does."""
+    random.seed(_SEED)
+    np.random.seed(_OTHER_SEED)
+    torch.manual_seed(_OTHER_SEED)

@@ -1,0 +1,256 @@
+"""Faster ways to the bits of mergekit's kernels, for merges that a search repeats.
+
+They are mergekit's own operations in mergekit's order, on stretches of a tensor that stay in the
+processor's cache, so that memory is read and written once. What depends on the inputs alone is made
+once: for TIES the order of a task vector by magnitude, which is nearly all that it costs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+from mergekit_align.evolve.magnitudes import Magnitudes, Selection
+
+STRETCH = 2**16
+"""Numbers of a tensor that a CPU's thread merges at a time."""
+
+
+class Kernel(ABC):
+    """Merges one tensor, whose inputs it knows, again and again."""
+
+    @abstractmethod
+    def merge(
+        self,
+        target: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        """Write the merged tensor into `target`, of the same shape and any floating type.
+
+        Args:
+            shared: the method's parameters that all inputs share.
+            own: those of each input.
+        """
+
+    @abstractmethod
+    def products(
+        self,
+        gradient: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> dict[ModelReference, float]:
+        """The derivative by each model's weight, given that by the merged tensor, of its shape."""
+
+
+def kernel_for(
+    task: ExecuteMergeMethodTask, inputs: Mapping[ModelReference, torch.Tensor]
+) -> Kernel | None:
+    """The kernel of a merge; `None` where there is none but mergekit's own."""
+    tensors = [inputs[model] for model in task.model_order if model in inputs]
+    first = tensors[0]
+    alike = all(
+        each.shape == first.shape and each.dtype == torch.bfloat16 and each.is_contiguous()
+        for each in tensors
+    )
+    if not alike or len(tensors) < len(task.model_order) or first.numel() == 0:
+        return None
+    if task.method_name == "linear":
+        return LinearKernel(task.model_order, tensors)
+    if task.method_name in ("task_arithmetic", "ties") and task.base_model in inputs:
+        others = [model for model in task.model_order if model != task.base_model]
+        if others:
+            kind = TaskArithmeticKernel if task.method_name == "task_arithmetic" else TiesKernel
+            return kind(others, [inputs[m] for m in others], inputs[task.base_model])
+    return None
+
+
+KERNELS = ("linear", "task_arithmetic", "ties")
+"""Methods that have one."""
+
+
+class LinearKernel(Kernel):
+    """`linear`: W = sum of w_m W_m, divided by the sum of the weights where they are normalised."""
+
+    def __init__(self, models: Sequence[ModelReference], tensors: Sequence[torch.Tensor]) -> None:
+        self._models = models
+        self._tensors = [each.reshape(-1) for each in tensors]
+
+    def merge(
+        self,
+        target: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        weight = self._weights(own, target.device)
+        denominator = weight.sum().reshape(1) if shared["normalize"] else None
+        for piece, out in _stretches(target):
+            result = torch.zeros(out.shape, device=out.device)
+            for tensor, coefficient in zip(self._tensors, weight.unsqueeze(1), strict=True):
+                result.addcmul_(tensor[piece], coefficient)
+            if denominator is not None:
+                result.div_(denominator)
+            out.copy_(result.to(torch.bfloat16))
+
+    def products(
+        self,
+        gradient: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> dict[ModelReference, float]:
+        found = [0.0] * len(self._models)
+        for piece, part in _stretches(gradient):
+            part = part.float()
+            for index, tensor in enumerate(self._tensors):
+                found[index] += float(part @ tensor[piece].float())
+        if shared["normalize"]:  # dW/dw_m = (W_m - W) / sum of the weights
+            weights = [own[model]["weight"] for model in self._models]
+            total = sum(weights)
+            merged = sum(w * each for w, each in zip(weights, found, strict=True)) / total
+            found = [(each - merged) / total for each in found]
+        return dict(zip(self._models, found, strict=True))
+
+    def _weights(
+        self, own: Mapping[ModelReference, Mapping[str, Any]], device: torch.device
+    ) -> torch.Tensor:
+        return torch.tensor([own[model]["weight"] for model in self._models], device=device)
+
+
+class TaskArithmeticKernel(Kernel):
+    """`task_arithmetic`: W = base + lambda * sum of w_m (W_m - base)."""
+
+    def __init__(
+        self,
+        models: Sequence[ModelReference],
+        tensors: Sequence[torch.Tensor],
+        base: torch.Tensor,
+    ) -> None:
+        self._models = models
+        self._tensors = [each.reshape(-1) for each in tensors]
+        self._base = base.reshape(-1)
+
+    def merge(
+        self,
+        target: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        self._prepare(own)
+        weights = self._weights(own, target.device)
+        for piece, out in _stretches(target):
+            base = self._base[piece]
+            deltas = self._task_vectors(piece, base)
+            deltas.mul_(weights)
+            agree = self._agreement(deltas)
+            mixed = _sum(deltas if agree is None else deltas * agree)
+            if shared["normalize"]:
+                mixed /= self._divisor(weights, agree)
+            if shared["lambda"] != 1:
+                mixed *= shared["lambda"]
+            out.copy_(mixed.add_(base))
+
+    def products(
+        self,
+        gradient: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> dict[ModelReference, float]:
+        self._prepare(own)
+        weights = self._weights(own, gradient.device)
+        found = torch.zeros(len(self._models), dtype=torch.float64)
+        for piece, part in _stretches(gradient):
+            deltas = self._task_vectors(piece, self._base[piece])
+            agree = self._agreement(deltas * weights)
+            by_weight = (deltas if agree is None else deltas * agree).float()
+            if shared["normalize"]:
+                divisor = self._divisor(weights, agree).float()
+                mixed = (by_weight * weights.float()).sum(0) / divisor
+                by_weight = (by_weight - (mixed if agree is None else mixed * agree)) / divisor
+            found += (by_weight @ part.float()).double().cpu()
+        values = (found * shared["lambda"]).tolist()
+        return dict(zip(self._models, values, strict=True))
+
+    def _weights(
+        self, own: Mapping[ModelReference, Mapping[str, Any]], device: torch.device
+    ) -> torch.Tensor:
+        """[models, 1]"""
+        weights = [own[model]["weight"] for model in self._models]
+        return torch.tensor(weights, dtype=torch.bfloat16, device=device).unsqueeze(1)
+
+    def _prepare(self, own: Mapping[ModelReference, Mapping[str, Any]]) -> None:
+        """What is needed of a whole tensor before its stretches are merged."""
+
+    def _task_vectors(self, piece: slice, base: torch.Tensor) -> torch.Tensor:
+        """[models, numbers]"""
+        deltas = base.new_empty((len(self._tensors), *base.shape))
+        for row, tensor in zip(deltas, self._tensors, strict=True):
+            torch.sub(tensor[piece], base, out=row)
+        return deltas
+
+    def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
+        """Which numbers of the weighted task vectors count, [models, numbers]; `None` for all."""
+        return None
+
+    def _divisor(self, weights: torch.Tensor, agree: torch.Tensor | None) -> torch.Tensor:
+        divisor = weights.sum(dim=0)
+        divisor[divisor.abs() < 1e-8] = 1
+        return divisor
+
+
+class TiesKernel(TaskArithmeticKernel):
+    """`ties`: the largest numbers of each task vector, of those the ones of the prevailing sign."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._magnitudes: list[Magnitudes | None] = [None] * len(self._tensors)
+        self._selections: list[Selection | None] = []
+
+    def _prepare(self, own: Mapping[ModelReference, Mapping[str, Any]]) -> None:
+        self._selections = [
+            self._select(index, own[model]["density"]) for index, model in enumerate(self._models)
+        ]
+
+    def _select(self, index: int, density: float) -> Selection | None:
+        if density >= 1:
+            return None
+        magnitudes = self._magnitudes[index]
+        if magnitudes is None:
+            magnitudes = Magnitudes(self._tensors[index] - self._base)
+            self._magnitudes[index] = magnitudes
+        return magnitudes.largest(density)
+
+    def _task_vectors(self, piece: slice, base: torch.Tensor) -> torch.Tensor:
+        deltas = super()._task_vectors(piece, base)
+        for delta, selection in zip(deltas, self._selections, strict=True):
+            if selection is not None:
+                delta.mul_(selection.mask(delta, piece))
+        return deltas
+
+    def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
+        majority = (_sum(deltas) >= 0).to(torch.int8) * 2 - 1
+        return deltas.sign().to(torch.int8) == majority
+
+    def _divisor(self, weights: torch.Tensor, agree: torch.Tensor | None) -> torch.Tensor:
+        assert agree is not None  # of this class it never is
+        divisor = _sum(weights * agree)
+        divisor[divisor == 0] = 1
+        return divisor
+
+
+def _sum(rows: torch.Tensor) -> torch.Tensor:
+    """`rows.sum(0)`, faster where there are two, which in bfloat16 are rounded once as well."""
+    return torch.add(rows[0], rows[1]) if len(rows) == 2 else rows.sum(dim=0)
+
+
+def _stretches(target: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    flat = target.view(-1)
+    on_cpu = target.device.type == "cpu"
+    length = STRETCH * torch.get_num_threads() if on_cpu else flat.numel()
+    for start in range(0, flat.numel(), length):
+        piece = slice(start, min(start + length, flat.numel()))
+        yield piece, flat[piece]

@@ -1,0 +1,65 @@
+"""The largest numbers of a task vector, for any density, from one sort.
+
+mergekit keeps the first k of `argsort`, whose order among equal magnitudes is its own affair; in
+bfloat16 most numbers have equals. So its very order is made once. A density then needs a threshold,
+which all larger numbers pass, and of the order only those equal to it that are kept. The orders, four
+bytes a number, lie in a file that the system keeps in memory as it sees fit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+_MAGNITUDE = 0x7FFF  # all of a bfloat16 but its sign: the larger, the larger the number
+
+
+class Selection(NamedTuple):
+    """Which numbers of a task vector are kept."""
+
+    threshold: int
+    """Bits of the magnitude that everything larger than is kept."""
+    equal: torch.Tensor
+    """Places of the numbers of that very magnitude that are kept, rising."""
+
+    def mask(self, numbers: torch.Tensor, piece: slice) -> torch.Tensor:
+        """Which of `numbers` [size], a `piece` of the vector, are kept; of their floating type."""
+        kept = (numbers.view(torch.int16) & _MAGNITUDE) > self.threshold
+        if self.equal.numel():
+            bounds = torch.tensor([piece.start, piece.stop], dtype=self.equal.dtype)
+            start, end = torch.searchsorted(self.equal, bounds).tolist()
+            kept[(self.equal[start:end] - piece.start).to(kept.device)] = True
+        return kept
+
+
+class Magnitudes:
+    """The order of a task vector's numbers by magnitude.
+
+    Args:
+        vector: [numbers], bfloat16.
+    """
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        order = torch.argsort(vector.abs().float(), descending=True).int()
+        bits = vector.view(torch.int16)[order] & _MAGNITUDE
+        levels, counts = torch.unique_consecutive(bits, return_counts=True)
+        self._levels = levels.cpu()
+        self._larger_or_equal = counts.cpu().cumsum(0)
+        self._size = vector.numel()
+        with tempfile.TemporaryFile() as file:
+            order.cpu().numpy().tofile(file)
+            file.flush()
+            self._order = np.memmap(file, dtype=np.int32, mode="r", shape=(self._size,))
+
+    def largest(self, density: float) -> Selection:
+        """As `mergekit.sparsify.magnitude` selects them, for a density below 1."""
+        if density <= 0:
+            return Selection(_MAGNITUDE, torch.empty(0, dtype=torch.int32))
+        count = max(1, int(density * self._size))
+        level = int(torch.searchsorted(self._larger_or_equal, count))
+        larger = int(self._larger_or_equal[level - 1]) if level else 0
+        equal = torch.from_numpy(np.sort(self._order[larger:count]))
+        return Selection(int(self._levels[level]), equal)

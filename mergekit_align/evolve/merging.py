@@ -1,0 +1,289 @@
+"""A merge config -> the one model that every candidate is: its parameters are overwritten in place.
+
+What a candidate costs is its arithmetic: the plan of which tensors go into which, the inputs
+(memory-mapped where mergekit does not convert them) and the model itself are made once. mergekit
+resolves each config's parameters and its kernels merge, in the order in which `mergekit-yaml` runs
+them, so that the bits are the same, those of random methods too. Methods in `kernels` have faster
+ways to the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.merge import (
+    _get_donor_model,
+    _model_out_config,
+    _set_chat_template,
+    _update_config_vocab,
+)
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.parameter_resolver import resolve_parameters
+from mergekit.plan import MergePlanner
+
+from mergekit_align.errors import InputError
+from mergekit_align.evolve.kernels import Kernel, kernel_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TensorMerge(NamedTuple):
+    """One tensor of a candidate."""
+
+    weight: WeightInfo
+    task: ExecuteMergeMethodTask
+    """How mergekit makes it; of the first candidate that had the same inputs."""
+    shared: dict[str, Any]
+    """The method's parameters that all inputs share."""
+    own: dict[ModelReference, dict[str, Any]]
+    """Those of each input."""
+    key: Hashable
+    """Of the task."""
+
+
+class _Planner(MergePlanner):  # type: ignore[misc]
+    """mergekit's planner, which makes a task only where no earlier candidate had the same inputs."""
+
+    def __init__(
+        self, *args: Any, known: dict[Hashable, ExecuteMergeMethodTask | None], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._known = known
+        self.merges: list[TensorMerge] = []
+
+    def plan_tensor(
+        self,
+        weight: WeightInfo,
+        weights_in: list[WeightInfo],
+        models: list[ModelReference],
+        cfg_reader: ConfigReader,
+    ) -> None:
+        base = cfg_reader.base_model
+        names = tuple(each.name for each in weights_in)
+        key = (self._method.spec.name, weight.name, tuple(models), names, base)
+        if key not in self._known:
+            before = len(self._tensors)
+            super().plan_tensor(weight, weights_in, models, cfg_reader)
+            planned = self._tensors[before:]  # nothing where no input has an optional tensor
+            self._known[key] = planned[0][1] if planned else None
+        task = self._known[key]
+        if task is None:
+            return
+        shared, own = resolve_parameters(
+            self._method.spec,
+            tensor_name=weight.name,
+            inputs={model: each.name for model, each in zip(models, weights_in, strict=True)},
+            sources=cfg_reader.parameter_sources,
+            base_model=base,
+            t=cfg_reader.t,
+        )
+        self.merges.append(TensorMerge(weight, task, shared, own, key))
+
+
+class MergedModel:
+    """The model that candidates are merged into.
+
+    Args:
+        config: of some candidate; what all of them have in common is taken from it.
+        options: mergekit's; its `random_seed` is that of every candidate's random draws.
+        device: where the model is and the merging happens.
+        dtype: floating type of the model's arithmetic; merging has the config's.
+        fast: whether our own kernels may merge; mergekit's do otherwise.
+
+    Raises:
+        InputError: this architecture's checkpoints cannot be merged in memory.
+    """
+
+    def __init__(
+        self,
+        config: MergeConfiguration,
+        options: MergeOptions,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        fast: bool = True,
+    ) -> None:
+        self._options = options
+        self._device = device
+        self._fast = fast
+        self._architecture = get_architecture_info(config, options)
+        LoaderCache().setup(options)
+        self._out_config = _model_out_config(
+            config, self._architecture, trust_remote_code=options.trust_remote_code
+        )
+        self._known: dict[Hashable, ExecuteMergeMethodTask | None] = {}
+        self._inputs: dict[Hashable, dict[ModelReference, torch.Tensor]] = {}
+        self._kernels: dict[Hashable, Kernel | None] = {}
+        self._order = self._order_on_disk(config)
+        self.tokenizer: PreTrainedTokenizerBase = self._make_tokenizer(config)
+        self.model: PreTrainedModel = self._make_model(config, dtype)
+        self._targets = self._parameters_by_name()
+        self._written: dict[str, object] = {}
+
+    def resolve(self, config: MergeConfiguration) -> list[TensorMerge]:
+        """The tensors of a candidate, in the order in which `mergekit-yaml` merges them."""
+        planner = self._planner(config)
+        planner._plan()
+        return sorted(planner.merges, key=lambda merge: self._order.get(merge.weight.name, 0))
+
+    def parameter(self, name: str) -> torch.nn.Parameter | None:
+        """The model's parameter of a checkpoint's name; `None` of one that is tied to another."""
+        return self._targets.get(name)
+
+    def merge(self, config: MergeConfiguration) -> None:
+        """Make the model this candidate."""
+        from transformers.trainer_utils import set_seed
+
+        merges = self.resolve(config)
+        self._load(merges)
+        if self._options.random_seed is not None:
+            set_seed(self._options.random_seed)
+        written = set()
+        for merge in merges:
+            target = self._target(merge.weight.name)
+            written.add(merge.weight.name)
+            if target is None:
+                continue
+            self._merge_tensor(merge, target, config.out_dtype)
+        missing = self._targets.keys() - written
+        if missing:
+            raise InputError(
+                f"{self._out_config.architectures[0]}: found no tensor {min(missing)} in the merge; "
+                "expected a checkpoint with the model's own names"
+            )
+
+    def overwrite(self, tensors: Callable[[str], torch.Tensor | None]) -> None:
+        """Make the model one whose tensors are given by their names; `None` leaves one as it is."""
+        for name, parameter in self._targets.items():
+            tensor = tensors(name)
+            if tensor is not None:
+                parameter.data.copy_(tensor)
+        self._written.clear()
+
+    def _merge_tensor(
+        self, merge: TensorMerge, target: torch.Tensor, out_dtype: str | None
+    ) -> None:
+        name = merge.weight.name
+        kernel = self.kernel(merge)
+        dtype = dtype_from_name(merge.weight.force_dtype or out_dtype)
+        plain = dtype in (None, torch.bfloat16) and not merge.shared.get("rescale")
+        if kernel is not None and plain:
+            made_of = (merge.key, merge.shared, merge.own)
+            if self._written.get(name) != made_of:
+                kernel.merge(target, merge.shared, merge.own)
+                self._written[name] = made_of
+            return
+        task = merge.task.model_copy(
+            update={"parameters": merge.shared, "input_parameters": merge.own}
+        )
+        tensor = task.execute(tensors=self._inputs[merge.key])
+        if tensor is None:  # optional, and too few inputs have it
+            return
+        target.copy_(tensor if dtype is None else tensor.to(dtype))
+
+    def kernel(self, merge: TensorMerge) -> Kernel | None:
+        """Ours for a tensor; `None` where mergekit's own merges it."""
+        if not self._fast:
+            return None
+        if merge.key not in self._kernels:
+            self._kernels[merge.key] = kernel_for(merge.task, self._inputs[merge.key])
+        return self._kernels[merge.key]
+
+    def _planner(self, config: MergeConfiguration) -> _Planner:
+        return _Planner(
+            config.model_copy(deep=True),
+            self._architecture,
+            self._options,
+            self._out_config,
+            known=self._known,
+        )
+
+    def _order_on_disk(self, config: MergeConfiguration) -> dict[str, int]:
+        """Output tensors by their place in `mergekit-yaml`'s schedule: random methods draw in it."""
+        planner = MergePlanner(
+            config.model_copy(deep=True), self._architecture, self._options, self._out_config
+        )
+        tasks = planner.plan_to_disk(out_path=os.devnull)
+        schedule = Executor(tasks).schedule.tasks
+        names = [
+            task.tensor_name
+            for task in (handle.task() for handle in schedule)
+            if isinstance(task, SaveTensor)
+        ]
+        return {name: place for place, name in enumerate(names)}
+
+    def _load(self, merges: Sequence[TensorMerge]) -> None:
+        new = {
+            merge.key: merge.task.gather_tensors
+            for merge in merges
+            if merge.key not in self._inputs
+        }
+        if not new:
+            return
+        gathered = dict(Executor(list(dict.fromkeys(new.values()))).run(quiet=True))
+        for key, task in new.items():
+            self._inputs[key] = {
+                model: tensor.to(self._device) for model, tensor in gathered[task].items()
+            }
+
+    def _make_tokenizer(self, config: MergeConfiguration) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        task = self._planner(config)._tokenizer_task
+        if task is not None:
+            (_, built), *_ = Executor([task]).run(quiet=True)
+            tokenizer: PreTrainedTokenizerBase = built.tokenizer
+            _update_config_vocab(self._out_config, self._architecture, tokenizer)
+            _set_chat_template(tokenizer, config)
+            return tokenizer
+        _, place = _get_donor_model(config, self._options)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=self._options.trust_remote_code
+        )
+        return found
+
+    def _make_model(self, config: MergeConfiguration, dtype: torch.dtype) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():
+            made = AutoModelForCausalLM.from_config(
+                self._out_config,
+                dtype=dtype,
+                trust_remote_code=self._options.trust_remote_code,
+            )
+        _, place = _get_donor_model(config, self._options)
+        if os.path.exists(os.path.join(place, "generation_config.json")):
+            made.generation_config = GenerationConfig.from_pretrained(place)
+        made.tie_weights()  # which is left out with the initial weights
+        model: PreTrainedModel = made.to(self._device).eval().requires_grad_(False)
+        return model
+
+    def _parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters by checkpoint name; of parameters that are tied, the first name alone."""
+        return dict(self.model.named_parameters())
+
+    def _target(self, name: str) -> torch.Tensor | None:
+        """The parameter of that name; `None` of one that is tied to another, which says what it is."""
+        if name in self._targets:
+            return self._targets[name].data
+        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        buffers: dict[str, torch.Tensor] = dict(self.model.named_buffers())
+        if name in tied:
+            return None
+        if name in buffers:
+            return buffers[name]
+        raise InputError(
+            f"{self._out_config.architectures[0]}: found no parameter {name} in the model; expected "
+            "the checkpoints' names to be the model's own"
+        )

@@ -1,0 +1,82 @@
+"""CMA-ES (Hansen's `cma` package), the stock command's searcher, with bounds and constraints."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+
+from mergekit_align.evolve.genes import Genotype
+from mergekit_align.evolve.searchers.base import Outcome, Searcher, Space
+
+
+class CmaSearcher(Searcher):
+    """Generations of candidates around a mean that moves to the better ones.
+
+    Feasible candidates are ranked by their value and come before the infeasible, which are ranked by
+    how much they miss (Deb 2000, doi 10.1016/S0045-7825(99)00389-8); what failed comes last. Where
+    candidates are asked for faster than a generation is told, more are drawn from the same
+    distribution.
+
+    Args:
+        sigma: the initial step.
+        population: candidates a generation; by default by the number of genes.
+    """
+
+    def __init__(
+        self, space: Space, *, seed: int, sigma: float = 1 / 6, population: int | None = None
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it cannot plot
+            import cma
+
+        rng = np.random.default_rng(seed)
+        start = rng.uniform(space.low, space.high) if space.random_start else space.start
+        options = {
+            "bounds": [space.low.tolist(), space.high.tolist()],
+            # Of its own: merge methods and tasks seed the global generators again and again.
+            "randn": lambda *shape: rng.standard_normal(shape),
+            "seed": math.nan,
+            "verbose": -9,
+            "verb_log": 0,
+        }
+        if population is not None:
+            options["popsize"] = population
+        self._strategy = cma.CMAEvolutionStrategy(start, sigma, options)
+        self._queue: list[Genotype] = []
+        self._outstanding = 0
+        self._told: list[tuple[Genotype, Outcome]] = []
+
+    def ask(self) -> Genotype | None:
+        if not self._queue:
+            if self._strategy.stop():
+                return None
+            new_generation = not self._outstanding and not self._told
+            count = self._strategy.popsize if new_generation else 1
+            self._queue = [np.array(each) for each in self._strategy.ask(count)]
+        self._outstanding += 1
+        return self._queue.pop(0)
+
+    def tell(self, genotype: Genotype, outcome: Outcome) -> None:
+        self._outstanding -= 1
+        self._told.append((genotype, outcome))
+        if len(self._told) < self._strategy.popsize:
+            return
+        told, self._told = self._told, []
+        if any(each.values is not None for _, each in told):
+            self._strategy.tell([each for each, _ in told], _costs([each for _, each in told]))
+
+
+def _costs(outcomes: list[Outcome]) -> list[float]:
+    """What CMA-ES minimises: values, or ranks where a candidate is infeasible or failed."""
+    if all(each.values is not None and not each.violation for each in outcomes):
+        return [-each.values[0] for each in outcomes if each.values is not None]
+
+    def key(outcome: Outcome) -> tuple[float, float]:
+        if outcome.values is None:
+            return math.inf, math.inf
+        return outcome.violation, -outcome.values[0]
+
+    order = sorted({key(each) for each in outcomes})
+    return [float(order.index(key(each))) for each in outcomes]

@@ -1,0 +1,105 @@
+"""Gradient ascent on the fitness: L-BFGS-B within the genes' bounds (scipy), floors as constraints.
+
+A floor is met by an augmented Lagrangian (Nocedal & Wright, Numerical Optimization, 2nd ed., section
+17.4): a penalty on what is missed, and a multiplier that learns what missing it is worth, raised
+after every few steps. scipy calls its objective, where a searcher is asked and told; so at each ask the
+optimiser runs anew over the evaluations that there are, as far as the first that there is not.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from scipy.optimize import minimize
+
+from mergekit_align.evolve.genes import Array, Genotype
+from mergekit_align.evolve.searchers.base import Outcome, Searcher, Space
+
+_PENALTY = 10.0
+_PENALTY_GROWTH = 4.0
+_STEPS = 5  # of L-BFGS between two updates of the multipliers
+_ROUNDS = 50
+
+
+class _UnknownError(Exception):
+    """The optimiser asks for a candidate that was not evaluated yet."""
+
+
+class GradientSearcher(Searcher):
+    """One candidate after another, each where the gradients of those before lead.
+
+    A candidate that failed counts as one that no step should lead to.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+
+    def __init__(self, space: Space, *, seed: int) -> None:
+        self._space = space
+        self._start = space.start
+        if space.random_start:
+            self._start = np.random.default_rng(seed).uniform(space.low, space.high)
+        self._told: dict[bytes, Outcome] = {}
+        self._asked: set[bytes] = set()
+        self._worst = 0.0
+
+    def ask(self) -> Genotype | None:
+        try:
+            self._optimise()
+        except _UnknownError as unknown:
+            genotype: Genotype = unknown.args[0]
+            if genotype.tobytes() in self._asked:
+                return None
+            self._asked.add(genotype.tobytes())
+            return genotype
+        return None
+
+    def tell(self, genotype: Genotype, outcome: Outcome) -> None:
+        self._told[genotype.tobytes()] = outcome
+        if outcome.values is not None:
+            self._worst = min(self._worst, outcome.values[0])
+
+    def _optimise(self) -> None:
+        multipliers = np.zeros(self._space.constraints)
+        penalty, missed, point = _PENALTY, np.inf, self._start
+        for _ in range(_ROUNDS):
+
+            def lagrangian(x: Array) -> tuple[float, Array]:
+                return self._lagrangian(x, multipliers, penalty)  # noqa: B023 (called in this round)
+
+            steps = {"maxiter": _STEPS} if self._space.constraints else {}
+            point = minimize(
+                lagrangian,
+                point,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=list(zip(self._space.low, self._space.high, strict=True)),
+                options=steps,
+            ).x
+            if not self._space.constraints:
+                return
+            outcome = self._outcome(point)
+            multipliers = np.maximum(0.0, multipliers + penalty * np.array(outcome.violations))
+            if outcome.violation > missed / 2:
+                penalty *= _PENALTY_GROWTH
+            missed = outcome.violation
+
+    def _outcome(self, x: Array) -> Outcome:
+        outcome = self._told.get(x.tobytes())
+        if outcome is None:
+            raise _UnknownError(x.copy())
+        return outcome
+
+    def _lagrangian(self, x: Array, multipliers: Array, penalty: float) -> tuple[float, Array]:
+        """Minus the fitness, with what the missed floors cost, and its gradient."""
+        outcome = self._outcome(x)
+        if outcome.values is None or outcome.gradient is None:
+            return abs(self._worst) + 1e3, np.zeros_like(x)
+        value, gradient = -outcome.values[0], -outcome.gradient[0]
+        for missed, own, multiplier in zip(
+            outcome.violations, outcome.gradient[1:], multipliers, strict=True
+        ):
+            force = max(0.0, multiplier + penalty * missed)
+            value += (force**2 - multiplier**2) / (2 * penalty)
+            gradient = gradient + force * own
+        return value, gradient

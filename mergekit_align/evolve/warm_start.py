@@ -1,0 +1,84 @@
+"""Where a search starts: weights that were found otherwise, or an earlier search's best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_align.errors import InputError
+from mergekit_align.evolve.study import read_evaluations
+from mergekit_align.yaml_files import read_yaml_mapping
+
+if TYPE_CHECKING:
+    from mergekit_align.evolve.genes import Gene
+    from mergekit_align.genome_config import GenomeFile
+
+
+def warm_start(genes: list[Gene], file: GenomeFile) -> list[Gene]:
+    """The genes, started where `align: warm_start:` says.
+
+    A mergekit config (what `mergekit-align-cocktail` writes) gives every gene of a model's weight that
+    weight, which must be one number; a study gives its best candidate, whose genes must be these.
+
+    Raises:
+        InputError: it is neither, or is of other models or genes.
+    """
+    where = file.section.warm_start
+    if where is None:
+        return genes
+    key = "align.warm_start"
+    if where.endswith((".yml", ".yaml")):
+        starts = _weights(where, file, key, genes)
+    else:
+        done = [each for each in read_evaluations(where) if each.values and not each.violation]
+        if not done:
+            raise InputError.at(
+                file.path, key, found=f"no feasible candidate in {where}", expected="one"
+            )
+        best = max(done, key=lambda each: each.values or ())
+        if len(best.genotype) != len(genes):
+            raise InputError.at(
+                file.path,
+                key,
+                found=f"{len(best.genotype)} genes in {where}",
+                expected=f"{len(genes)}, as this genome has",
+            )
+        starts = best.genotype.tolist()
+    return [
+        gene._replace(start=min(max(start, gene.low), gene.high))
+        for gene, start in zip(genes, starts, strict=True)
+    ]
+
+
+def _weights(where: str, file: GenomeFile, key: str, genes: list[Gene]) -> list[float]:
+    entries = read_yaml_mapping(Path(where)).get("models") or []
+    weights = {
+        str(each.get("model")): (each.get("parameters") or {}).get("weight") for each in entries
+    }
+    starts = [gene.start for gene in genes]
+    models = [str(model) for model in file.config.genome.models]
+    per_model = len(genes) // len(models) // _groups(file, len(genes), len(models))
+    for index, gene in enumerate(genes):
+        if not gene.name.startswith("weight "):
+            continue
+        model = models[index // per_model % len(models)]
+        weight = weights.get(model)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise InputError.at(
+                file.path,
+                key,
+                found=f"weight {weight} of {model} in {where}",
+                expected="a number",
+            )
+        starts[index] = float(weight)
+    return starts
+
+
+def _groups(file: GenomeFile, genes: int, models: int) -> int:
+    from mergekit.evo.genome import METHOD_PARAM_MAPS
+
+    genome = file.config.genome
+    per_group = (
+        models * (len(genome.filters or []) + 1) * len(METHOD_PARAM_MAPS[genome.merge_method])
+    )
+    return genes // per_group

@@ -1,0 +1,187 @@
+"""A candidate in memory is what `mergekit-yaml` writes for the same config, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.merge_methods import registered_methods
+from mergekit.options import MergeOptions
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from mergekit_align.demo.tokenizer import build_tokenizer
+from mergekit_align.evolve.merging import MergedModel
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "llama, untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma2": {},
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+}
+NAMES = ("base", "one", "two")
+OPTIONS = MergeOptions(quiet=True, random_seed=5)
+PARAMETERS = {"density": 0.4, "weight": 0.7, "gamma": 0.02, "epsilon": 0.1, "t": 0.3}
+
+
+def make_models(directory: Path, kind: str, tokenizer: Any) -> None:
+    settings = {"model_type": kind.split(",")[0], **ARCHITECTURES[kind]}
+    config = AutoConfig.for_model(
+        **{**({} if kind == "gpt2" else SIZES), **settings},
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for seed, name in enumerate(NAMES):
+        set_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        for parameter in model.parameters():  # norms too are to differ
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    make_models(directory, "llama", tokenizer)
+    return directory
+
+
+def merge_config(
+    directory: Path, method: str, *, base: bool = True, count: int = 2, **more: Any
+) -> MergeConfiguration:
+    own = [{"weight": 0.7, "density": 0.4}, {"weight": 0.9, "density": 0.55}]
+    return MergeConfiguration.model_validate(
+        {
+            "merge_method": method,
+            "base_model": str(directory / "base") if base else None,
+            "models": [
+                {"model": str(directory / name), "parameters": parameters}
+                for name, parameters in zip(("one", "two"), own, strict=True)
+            ][:count],
+            "dtype": "bfloat16",
+            "parameters": {"normalize": False, "t": 0.3, "gamma": 0.02, "epsilon": 0.1},
+            **more,
+        }
+    )
+
+
+def on_disk(config: MergeConfiguration, out: Path) -> dict[str, torch.Tensor]:
+    run_merge(config.model_copy(deep=True), str(out), OPTIONS)
+    state: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32
+    ).state_dict()
+    return state
+
+
+def differing(model: Any, expected: dict[str, torch.Tensor]) -> list[str]:
+    found = model.state_dict()
+    assert set(found) == set(expected)
+    return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_architecture(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+    make_models(tmp_path, kind, tokenizer)
+    config = merge_config(tmp_path, "ties")
+    merged = MergedModel(config, OPTIONS)
+    merged.merge(config)
+    assert differing(merged.model, on_disk(config, tmp_path / "out")) == []
+
+
+METHODS = sorted(method.spec.name for method in registered_methods())
+ONE_MODEL = {"passthrough"}
+NO_BASE = {"linear", "model_stock", "karcher"}
+SECOND_ONLY = {"slerp", "nearswap", "arcee_fusion"}  # a base model and one other
+ROLES = {"resta", "safe_lora", "safemerge", "lox"}
+
+
+def config_of(directory: Path, method: str) -> MergeConfiguration:
+    if method in ONE_MODEL:
+        return merge_config(directory, method, base=False, count=1, parameters=None)
+    if method in ROLES:
+        roles = ["aligned", "safe" if method == "safemerge" else "expert"]
+        models = [
+            {"model": str(directory / name), "parameters": {"role": role, "weight": 0.8}}
+            for name, role in zip(("one", "two"), roles, strict=True)
+        ]
+        if method == "safemerge":
+            models.append({"model": str(directory / "base"), "parameters": {}})
+        return merge_config(directory, method, models=models, parameters=None)
+    count = 1 if method in SECOND_ONLY else 2
+    return merge_config(directory, method, base=method not in {"linear", "karcher"}, count=count)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_again_and_again(method: str, llama: Path, tmp_path: Path) -> None:
+    config = config_of(llama, method)
+    merged = MergedModel(config, OPTIONS)
+    expected = on_disk(config, tmp_path / "out")
+    for _ in range(2):
+        merged.merge(config)
+        assert differing(merged.model, expected) == []
+
+
+def test_slices_granularity_and_filters(llama: Path, tmp_path: Path) -> None:
+    def sources(layer: int, weights: tuple[float, float]) -> dict[str, Any]:
+        return {
+            "sources": [
+                {
+                    "model": str(llama / name),
+                    "layer_range": [layer, layer + 1],
+                    "parameters": {
+                        "weight": [{"filter": "self_attn", "value": weight}, {"value": weight / 2}]
+                    },
+                }
+                for name, weight in zip(("one", "two"), weights, strict=True)
+            ]
+            + [{"model": str(llama / "base"), "layer_range": [layer, layer + 1]}]
+        }
+
+    def config(*weights: tuple[float, float], layers: tuple[int, ...]) -> MergeConfiguration:
+        slices = [sources(*each) for each in zip(layers, weights, strict=True)]
+        return merge_config(llama, "task_arithmetic", models=None, slices=slices)
+
+    first = config((0.3, 1.1), (0.8, 0.0), (0.5, 0.4), layers=(0, 1, 0))
+    second = config((0.9, 1.2), (0.8, 0.0), (0.1, 0.4), layers=(0, 1, 0))
+    merged = MergedModel(first, OPTIONS)
+    for number, each in enumerate((first, second, first)):
+        merged.merge(each)
+        assert differing(merged.model, on_disk(each, tmp_path / str(number))) == []
+
+
+def test_tokenizers_are_aligned(llama: Path, tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.add_tokens(["<new>"])
+    make_models(tmp_path, "llama", tokenizer)
+    models = [
+        {"model": str(directory / "one"), "parameters": {"weight": 0.5}}
+        for directory in (llama, tmp_path)
+    ]
+    config = merge_config(
+        llama, "linear", base=False, models=models, tokenizer_source="union", parameters=None
+    )
+    merged = MergedModel(config, OPTIONS)
+    merged.merge(config)
+    assert "<new>" in merged.tokenizer.get_vocab()
+    assert differing(merged.model, on_disk(config, tmp_path / "out")) == []

@@ -75,6 +75,10 @@ class AlignSection(BaseModel):
     """Where the search starts, by genome parameter; what is not named starts as in stock."""
     roles: dict[str, Role] | None = None
     """Which part each model plays, by its name in the genome, for a method that asks for it."""
+    statistics: dict[str, str] | None = None
+    """Each model's statistics, for a method that reads them."""
+    base_statistics: dict[str, str] | None = None
+    """The base's on each model's samples, for a method that reads them (`led`)."""
     strategy: str | None = Field(default=None, pattern="^(pool|buffered|serial)$")
     """Stock scheduling strategy."""
     sigma0: float | None = Field(default=None, gt=0)

@@ -19,8 +19,8 @@ from mergekit_align.checks import check_writable, scores_alignment
 from mergekit_align.cli.common import InputErrorMessage
 from mergekit_align.devices import default_device, use_cpu_only
 from mergekit_align.errors import InputError
-from mergekit_align.genome_config import read_genome, task_metadata
-from mergekit_align.genome_methods import give_genomes_roles, start_genomes_at
+from mergekit_align.genome_config import GenomeFile, read_genome, task_metadata
+from mergekit_align.genome_methods import fix_genomes, start_genomes_at
 
 # `align:` key -> parameter of the stock command, where the two names differ
 _RENAMED = {"workers": "num_gpus"}
@@ -60,20 +60,20 @@ def extend_command() -> None:
             if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
         }
         try:
-            section = prepare(options, explicit)
+            genome_file = prepare(options, explicit)
         except InputError as error:
             raise InputErrorMessage(str(error)) from error
+        section = genome_file.section
         _give_tasks_their_data(section)
         start_genomes_at(section.start or {})
-        if section.roles is not None:
-            give_genomes_roles(list(section.roles.values()))
+        fix_genomes(genome_file.fixed)
         upstream_fixes.keep_the_search_repeatable(options["random_seed"], options["storage_path"])
         return stock(**options)
 
     command.callback = callback
 
 
-def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
+def prepare(options: dict[str, Any], explicit: Iterable[str]) -> GenomeFile:
     """Fill `options` of the stock command from its config's `align:` section, and check the config.
 
     Args:
@@ -102,7 +102,7 @@ def prepare(options: dict[str, Any], explicit: Iterable[str]) -> AlignSection:
     if not any(scores_alignment(task) for task in genome_file.tasks):
         click.echo(f"{file}: tasks: none of them scores alignment", err=True)
     _choose_device(section.device, options, explicit, file)
-    return section
+    return genome_file
 
 
 def _choose_device(

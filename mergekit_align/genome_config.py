@@ -12,6 +12,7 @@ from mergekit_align.checks import check_genome, check_models, check_start, load_
 from mergekit_align.errors import InputError, closest
 from mergekit_align.eval_task_files import eval_tasks_path
 from mergekit_align.merge_methods.roles import MergeConfigError, check_role_names
+from mergekit_align.merge_methods.statistics import check_statistics_of
 from mergekit_align.yaml_files import input_error, read_yaml_mapping
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from mergekit.evo.genome import ModelGenomeDefinition
 
 
+FIXED = {"roles": "role", "statistics": "statistics", "base_statistics": "base_statistics"}
+"""Keys of the section that give each model a parameter."""
+
+
 class GenomeFile(NamedTuple):
     """A genome config, read and checked."""
 
@@ -28,12 +33,14 @@ class GenomeFile(NamedTuple):
     content: dict[str, Any]
     """The file's mapping, as it is."""
     section: AlignSection
-    """Its `align:` section; roles are in the order of the genome's models."""
+    """Its `align:` section."""
     config: EvolMergeConfiguration
     loaded: dict[str, TaskDict]
     """What lm-eval loads for each task's name: a task, or a group with its tasks."""
     task_search_path: list[str]
     """Directories of lm-eval tasks: ours, the section's, the caller's."""
+    fixed: list[dict[str, str]]
+    """Parameters that each of the genome's models has, whatever the genotype."""
 
     @property
     def tasks(self) -> list[Task]:
@@ -67,34 +74,46 @@ def read_genome(
         config = EvolMergeConfiguration.model_validate(content)
     except ValidationError as error:
         raise input_error(error, path, prefix="") from error
-    section = _with_roles(section, config.genome, path)
+    fixed = _fixed_parameters(section, config.genome, path)
     check_start(section.start or {}, config.genome.merge_method, path)
     if not allow_crimes:
         check_models(config.genome, path)
     search_path = [str(eval_tasks_path()), *section.task_search_path, *task_search_path]
     loaded = load_tasks(config.tasks, path, search_path, metadata=task_metadata(section))
-    return GenomeFile(path, content, section, config, loaded, search_path)
+    return GenomeFile(path, content, section, config, loaded, search_path, fixed)
 
 
-def _with_roles(section: AlignSection, genome: ModelGenomeDefinition, file: str) -> AlignSection:
-    """The section with its roles in the order of the genome's models.
+def _fixed_parameters(
+    section: AlignSection, genome: ModelGenomeDefinition, file: str
+) -> list[dict[str, str]]:
+    """What the section says of each of the genome's models: its role, its statistics.
 
     Raises:
-        InputError: a model has no role where the method asks for it, or a role is no model's.
+        InputError: a model lacks what the method asks for, or something is said of no model.
     """
-    given = section.roles or {}
     models = [str(model) for model in genome.models]
-    for name in given:
-        if name not in models:
-            expected = f"one of the genome's models{closest(name, models)}"
-            raise InputError.at(file, f"align.roles.{name}", found="no model", expected=expected)
+    given = {key: dict(getattr(section, key) or {}) for key in FIXED}
+    for key, own in given.items():
+        for name in own:
+            if name not in models:
+                expected = f"one of the genome's models{closest(name, models)}"
+                where = f"align.{key}.{name}"
+                raise InputError.at(file, where, found="no model", expected=expected)
     try:
-        check_role_names(genome.merge_method, [(name, given.get(name)) for name in models])
+        check_role_names(genome.merge_method, [(name, given["roles"].get(name)) for name in models])
     except MergeConfigError as error:
         raise InputError(f"{file}: align.roles: {error}") from error
-    if not given:
-        return section
-    return section.model_copy(update={"roles": {name: given[name] for name in models}})
+    fixed = [
+        {parameter: given[key][name] for key, parameter in FIXED.items() if name in given[key]}
+        for name in models
+    ]
+    try:
+        check_statistics_of(
+            genome.merge_method, list(zip(genome.models, fixed, strict=True)), genome.base_model
+        )
+    except MergeConfigError as error:
+        raise InputError(f"{file}: align: {error}") from error
+    return fixed
 
 
 def task_metadata(section: AlignSection) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenome, ModelGenomeDefinition
 from mergekit.merge import run_merge
-from mergekit.merge_methods import registered_methods
+from mergekit.merge_methods import get, registered_methods
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.options import MergeOptions
 
@@ -63,9 +63,31 @@ def test_an_added_methods_genotypes_are_configs_of_it(world: Path, method: str) 
     names = METHOD_PARAM_MAPS[method]
     assert start.shape == (1, 2, 1, len(names))
     (layers,) = config.slices
+    spec = {parameter.name: parameter for parameter in get(method).spec.parameters}
+    shared = {name for name in names if spec[name].scope == ParameterScope.SHARED}
+    assert set(layers.parameters or {}) == shared
     assert all(
-        set(names) == set(source.parameters) for source in layers.sources if source.parameters
+        set(names) - shared == set(source.parameters)
+        for source in layers.sources
+        if source.parameters
     )
+    for name in names:
+        if name != "weight":
+            found = (layers.parameters or {}) if name in shared else layers.sources[0].parameters
+            assert spec[name].validate(found[name]) == pytest.approx(spec[name].default)
+
+
+def test_a_number_for_all_models_is_the_mean_of_its_genes(world: Path) -> None:
+    lox = genome(world, "lox")
+    genotype = lox.initial_genotype()
+    names = METHOD_PARAM_MAPS["lox"]
+    genotype[0, 0, 0, names.index("alpha")] = 0.5
+    genotype[0, 1, 0, names.index("alpha")] = 0.9
+    genotype[..., names.index("rank")] = -7.6
+    config = lox.genotype_merge_config(genotype)
+    assert config.slices[0].parameters["alpha"] == pytest.approx(0.7)
+    assert config.slices[0].parameters["rank"] == 1
+    assert all(set(s.parameters or {}) <= {"weight"} for s in config.slices[0].sources)
 
 
 def test_an_added_methods_genotype_merges(world: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.warm_start import warm_start
-from mergekit_align.genome_methods import FRACTIONS, start_at
+from mergekit_align.genome_methods import gene_range, start_at
 
 if TYPE_CHECKING:
     from mergekit_align.genome_config import GenomeFile
@@ -52,16 +52,16 @@ class Genes:
                     expected=f"a divisor of the {layers} layers",
                 )
         self._genome = ModelGenome(definition)
-        if file.section.roles is not None:
-            self._genome.roles = tuple(file.section.roles.values())
+        self._genome.fixed = tuple(file.fixed)
         start = start_at(
             self._genome.initial_genotype(), definition.merge_method, file.section.start or {}
         )
         self._shape = start.shape
         method = definition.merge_method
-        bounds = _bounds(file)
+        known = METHOD_PARAM_MAPS[method]
+        bounds = _bounds(file, dict(zip(known, start[0, 0, 0].tolist(), strict=True)))
         names = _names(self._genome, start.shape)
-        parameters = METHOD_PARAM_MAPS[method] * (start.numel() // start.shape[-1])
+        parameters = known * (start.numel() // start.shape[-1])
         genes = [
             Gene(name, *bounds[parameter], value)
             for name, parameter, value in zip(
@@ -105,32 +105,30 @@ class Genes:
         )
 
 
-def _bounds(file: GenomeFile) -> Mapping[str, tuple[float, float]]:
+def _bounds(file: GenomeFile, start: Mapping[str, float]) -> Mapping[str, tuple[float, float]]:
+    """Range of each parameter; wide enough for its value in `start`, unless the method forbids it."""
     definition = file.config.genome
-    known = METHOD_PARAM_MAPS[definition.merge_method]
     bounds: dict[str, tuple[float, float]] = {}
-    for name in known:
-        if name in FRACTIONS or name == "t":
-            bounds[name] = (0.0, 1.0)
-        elif definition.allow_negative_weights:
-            bounds[name] = (-2.0, 2.0)
-        else:
-            bounds[name] = (0.0, 2.0)
+    least: dict[str, float] = {}
+    for name in start:
+        low, high = (0.0, 1.0) if name == "t" else gene_range(definition.merge_method, name)
+        least[name] = low if definition.allow_negative_weights else max(low, 0.0)
+        bounds[name] = (max(least[name], -2.0), min(high, max(2.0, 2 * start[name])))
     for name, (low, high) in file.section.bounds.items():
         key = f"align.bounds.{name}"
-        if name not in known:
+        if name not in start:
             raise InputError.at(
                 file.path,
                 key,
                 found="an unknown parameter",
-                expected=f"one of {', '.join(known)}, as {definition.merge_method} has them",
+                expected=f"one of {', '.join(start)}, as {definition.merge_method} has them",
             )
-        least = (
-            bounds[name][0] if name in FRACTIONS or not definition.allow_negative_weights else low
-        )
-        if not least <= low < high:
+        if not least[name] <= low < high:
             raise InputError.at(
-                file.path, key, found=[low, high], expected=f"two rising numbers from {least:g} on"
+                file.path,
+                key,
+                found=[low, high],
+                expected=f"two rising numbers from {least[name]:g} on",
             )
         bounds[name] = (low, high)
     return bounds

@@ -14,16 +14,14 @@ deviates.
 
 from collections.abc import Hashable
 from functools import lru_cache
-from typing import Annotated
 
 import torch
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
 from mergekit.merge_methods.easy_define import merge_method
-from pydantic import Field
 
-from mergekit_align.merge_methods.ranges import Cosine
+from mergekit_align.merge_methods.ranges import Cosine, Count
 from mergekit_align.merge_methods.roles import MergeConfigError, Origin, Role, needs_roles, parts
 from mergekit_align.merge_methods.subspace import cosine, is_matrix, project
 
@@ -39,7 +37,7 @@ def _safe_lora(
     role: PerNonBase[Role],
     weight: PerNonBase[float] = 1.0,
     tau: Cosine = 0.35,
-    lowest: Annotated[int, Field(ge=0)] = 0,
+    lowest: Count | None = None,
     origin: Origin = "aligned",
 ) -> torch.Tensor:
     models = parts(group, role, weight)
@@ -52,7 +50,7 @@ def _safe_lora(
     for (update, own), expert in zip(models.updates(origin), experts, strict=True):
         projected = project(models.alignment, update)
         similar = cosine(update, projected)
-        if lowest:
+        if lowest is not None:
             origin_id = aligned if origin == "aligned" else group.base.id
             cosines = _cosines(group.base.id, aligned, expert, origin_id, group.tensors[0].device)
             deviates = group.metadata.name in cosines[:lowest]

@@ -10,9 +10,10 @@ checked before any weight is read. A merge then reads a tensor's statistics as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod, TensorGroup
 
@@ -20,7 +21,7 @@ from mergekit_align.errors import InputError
 from mergekit_align.fingerprint import model_fingerprint
 from mergekit_align.merge_methods.roles import MergeConfigError, inputs
 from mergekit_align.samples import SampleType
-from mergekit_align.statistics.files import Kind, find_statistics
+from mergekit_align.statistics.files import Kind, StatisticsFile, find_statistics
 
 _declared: dict[str, Kind] = {}
 
@@ -59,43 +60,68 @@ def check_statistics(config: MergeConfiguration) -> None:
     Raises:
         MergeConfigError: some are missing, cut short, or another model's or other samples'.
     """
-    kind = _declared.get(config.merge_method)
-    if kind is None:
+    if config.merge_method not in _declared:
         return
     for key, models in inputs(config):
-        for model, parameters in models:
-            base = model == config.base_model
-            given = {name: parameters.get(name) for name in ("statistics", "base_statistics")}
-            wanted = {"statistics": model}
-            if "base_statistics" in _parameters(config.merge_method):
-                assert config.base_model is not None
-                wanted = {} if base else {**wanted, "base_statistics": config.base_model}
-            samples = []
-            for name, owner in wanted.items():
-                where = f"{key}: {model}: {name}"
-                directory = given[name]
-                if not isinstance(directory, str):
-                    raise MergeConfigError(
-                        f"{where}: found {directory!r}; expected a directory that "
-                        f"mergekit-align-stats --kind {kind} has written"
-                    )
-                try:
-                    files = find_statistics(directory, kind)
-                except InputError as error:
-                    raise MergeConfigError(f"{where}: {error}") from error
-                for file in files:
-                    if file.header.model != model_fingerprint(owner.model.path):
-                        raise MergeConfigError(
-                            f"{where}: found statistics of another model in {directory}; expected "
-                            f"those of {owner}"
-                        )
-                samples.append([(file.header.type, file.header.samples) for file in files])
-            if samples and samples.count(samples[0]) < len(samples):
-                raise MergeConfigError(
-                    f"{key}: {model}: base_statistics: found statistics of other samples than its "
-                    "statistics'; expected the same"
-                )
-        _check_layers(config)
+        own = [(model, each) for model, each in models if model != config.base_model]
+        try:
+            check_statistics_of(config.merge_method, own, config.base_model)
+        except MergeConfigError as error:
+            raise MergeConfigError(f"{key}: {error}") from error
+    _check_layers(config)
+
+
+def check_statistics_of(
+    method: str,
+    models: Sequence[tuple[ModelReference, Mapping[str, object]]],
+    base: ModelReference | None,
+) -> None:
+    """That models have the statistics that a method reads, and that they are theirs.
+
+    Args:
+        method: name of a merge method, ours or not.
+        models: with their parameters; the base aside.
+
+    Raises:
+        MergeConfigError: some are missing, cut short, or another model's or other samples'.
+    """
+    kind = _declared.get(method)
+    if kind is None:
+        return
+    for model, parameters in models:
+        owners = {"statistics": model}
+        if "base_statistics" in _parameters(method) and base is not None:
+            owners["base_statistics"] = base
+        samples = []
+        for name, owner in owners.items():
+            files = _files(f"{model}: {name}", parameters.get(name), kind, owner)
+            samples.append([(file.header.type, file.header.samples) for file in files])
+        if samples.count(samples[0]) < len(samples):
+            raise MergeConfigError(
+                f"{model}: base_statistics: found statistics of other samples than its "
+                "statistics'; expected the same"
+            )
+
+
+def _files(
+    where: str, directory: object, kind: Kind, owner: ModelReference
+) -> list[StatisticsFile]:
+    if not isinstance(directory, str):
+        raise MergeConfigError(
+            f"{where}: found {directory!r}; expected a directory that mergekit-align-stats --kind "
+            f"{kind} has written"
+        )
+    try:
+        files = find_statistics(directory, kind)
+    except InputError as error:
+        raise MergeConfigError(f"{where}: {error}") from error
+    for file in files:
+        if file.header.model != model_fingerprint(owner.model.path):
+            raise MergeConfigError(
+                f"{where}: found statistics of another model in {directory}; expected those of "
+                f"{owner}"
+            )
+    return files
 
 
 def _parameters(method: str) -> list[str]:

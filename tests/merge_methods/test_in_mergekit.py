@@ -22,6 +22,7 @@ from mergekit.scripts import evolve, run_yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mergekit_align.cli import evolve as cli_evolve
 from mergekit_align.demo import build_world
 from mergekit_align.demo.models import Architecture
 from mergekit_align.merge_methods.methods import METHODS
@@ -372,6 +373,30 @@ class TestInAGenome:
         assert result.exit_code == 2, result.output
         assert message in result.output
         assert len(result.output.splitlines()) == 1
+
+    def test_statistics_are_checked_first(
+        self, write_config: Callable[..., Path], world: Path, statistics: Path
+    ) -> None:
+        places = {f"{world}/aligned": str(statistics / "expert-a")}
+        path = write_config(genome={"merge_method": "align_adaptive"}, align={"statistics": places})
+        result = CliRunner().invoke(evolve.main, [str(path)])
+        assert result.exit_code == 2, result.output
+        assert "found statistics of another model" in result.output
+        assert len(result.output.splitlines()) == 1
+
+    def test_our_search_finds_parameters_of_our_method(
+        self, write_config: Callable[..., Path], world: Path, statistics: Path, tmp_path: Path
+    ) -> None:
+        places = {f"{world}/{name}": str(statistics / name) for name in ("aligned", "expert-a")}
+        path = write_config(genome={"merge_method": "align_adaptive"}, align={"statistics": places})
+        result = CliRunner().invoke(cli_evolve.main, [str(path)])
+        assert result.exit_code == 0, result.output
+        best = yaml.safe_load((tmp_path / "evolved" / "best_config.yml").read_text())
+        (piece,) = best["slices"]
+        assert set(piece["parameters"]) == {"interference", "alignment_weight"}
+        assert {s["parameters"]["statistics"] for s in piece["sources"] if "parameters" in s} == {
+            *places.values()
+        }
 
     @pytest.mark.slow
     def test_a_search_gives_every_candidate_its_roles(

@@ -77,7 +77,7 @@ class TestEverySearcher:
         searcher = make(name)
         pending = []
         told = 0
-        while told < 30:
+        while told < 60:
             while len(pending) < 3 and (x := searcher.ask()) is not None:
                 pending.append(x)
             if not pending:

@@ -45,27 +45,23 @@ class CmaSearcher(Searcher):
             options["popsize"] = population
         self._strategy = cma.CMAEvolutionStrategy(start, sigma, options)
         self._queue: list[Genotype] = []
-        self._outstanding = 0
         self._told: list[tuple[Genotype, Outcome]] = []
 
     def ask(self) -> Genotype | None:
         if not self._queue:
             if self._strategy.stop():
                 return None
-            new_generation = not self._outstanding and not self._told
-            count = self._strategy.popsize if new_generation else 1
-            self._queue = [np.array(each) for each in self._strategy.ask(count)]
-        self._outstanding += 1
+            self._queue = [np.array(each) for each in self._strategy.ask()]
         return self._queue.pop(0)
 
     def tell(self, genotype: Genotype, outcome: Outcome) -> None:
-        self._outstanding -= 1
         self._told.append((genotype, outcome))
         if len(self._told) < self._strategy.popsize:
             return
         told, self._told = self._told, []
         if any(each.values is not None for _, each in told):
             self._strategy.tell([each for each, _ in told], _costs([each for _, each in told]))
+            self._queue = []  # of the distribution that was
 
 
 def _costs(outcomes: list[Outcome]) -> list[float]:

@@ -6,6 +6,7 @@
     add_safety_section("evolved/final_model", "evaluation.json")
 """
 
+from mergekit_align.report.card import add_safety_section
 from mergekit_align.report.write import watch, write_report
 
-__all__ = ["watch", "write_report"]
+__all__ = ["add_safety_section", "watch", "write_report"]

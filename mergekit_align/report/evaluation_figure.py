@@ -124,6 +124,7 @@ def _draw(
             (e.skill.value, e.alignment.value, brief(e.model), CHOSEN if e.model == chosen else INK)
             for e in found
         ],
+        [mark for each in found for mark in _extents(each)],
     )
     return titles
 
@@ -140,7 +141,8 @@ def _legend(axes: Axes, found: list[Point], chosen: str | None) -> None:
         entries.append(("*", CHOSEN, CHOSEN, "the chosen one"))
     for marker, colour, face, text in entries:
         axes.plot(
-            [], [], marker, color=colour, markerfacecolor=face, markeredgewidth=1.6, label=text
+            [], [], marker, color=colour, markerfacecolor=face, markeredgewidth=1.6, label=text,
+            markersize=11 if marker == "*" else 7,
         )
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=1, borderaxespad=0.2)
 
@@ -150,6 +152,22 @@ def _told(point: Point, what: str, score: Score) -> str:
         f"{visible(point.model)}: {score.value:.1f} % {what} [{score.low:.1f}, {score.high:.1f}], "
         f"skill {point.skill.value:.4g}"
     )
+
+
+def _extents(point: Point) -> list[tuple[float, float, float, float]]:
+    """What is drawn of a model: least and greatest x, least and greatest y of each mark and bar."""
+    found = []
+    x = point.skill.value
+    for score in (point.alignment, point.over_refusal):
+        if score is not None and not math.isnan(score.value):
+            found.append((x, x, score.value, score.value))
+            found.append((x, x, *_ends(score)))
+    return [*found, (*_ends(point.skill), point.alignment.value, point.alignment.value)]
+
+
+def _ends(score: Score) -> tuple[float, float]:
+    known = not math.isnan(score.low) and not math.isnan(score.high)
+    return (score.low, score.high) if known else (score.value, score.value)
 
 
 def _arms(score: Score) -> list[list[float]] | None:

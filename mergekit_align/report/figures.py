@@ -151,23 +151,31 @@ def _inline(text: str, figure: Figure, titles: Titles) -> str:
     )
 
 
-def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write a label beside each point, where it covers no other label and no other point.
+def place_labels(
+    axes: Axes,
+    labels: Sequence[tuple[float, float, str, str]],
+    marks: Sequence[tuple[float, float, float, float]],
+) -> None:
+    """Write a label beside each point, where it covers no other label and no mark.
 
     Args:
         labels: x, y, text and colour of each.
+        marks: what is drawn, each as the least and the greatest x, and the least and the greatest y.
     """
     from matplotlib.transforms import Bbox
 
     figure: Any = axes.get_figure(root=True)
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
-    points = axes.transData.transform([(x, y) for x, y, _, _ in labels])
-    reach = 7.0 * renderer.points_to_pixels(1.0)
-    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in points]
+    reach = 6.0 * renderer.points_to_pixels(1.0)
+    taken = []
+    for left, right, low, high in marks:
+        (x0, y0), (x1, y1) = axes.transData.transform([(left, low), (right, high)])
+        thin = 2.0 if (left, low) != (right, high) else reach
+        taken.append(Bbox.from_extents(x0 - thin, y0 - thin, x1 + thin, y1 + thin))
     frame = axes.get_window_extent(renderer)
-    for index, (x, y, text, colour) in enumerate(labels):
-        best: tuple[float, Any] | None = None
+    for x, y, text, colour in labels:
+        best: tuple[float, Any, Any] | None = None
         for rank, (dx, dy, across, along) in enumerate(_places()):
             label = axes.annotate(
                 text,
@@ -182,32 +190,30 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) ->
                 zorder=6,
             )
             box = label.get_window_extent(renderer)
-            overlap = sum(
-                _area(box, other) for place, other in enumerate(taken) if place != index
-            )
             outside = box.width * box.height - _area(box, frame)
-            cost = overlap + 2 * outside + rank
+            cost = sum(_area(box, other) for other in taken) + 2 * outside + 4 * rank
             if best is None or cost < best[0]:
                 if best is not None:
                     best[1].remove()
-                best = (cost, label)
+                best = (cost, label, box)
             else:
                 label.remove()
         assert best is not None
-        taken.append(best[1].get_window_extent(renderer))
+        taken.append(best[2])
 
 
 def _places() -> Iterator[tuple[float, float, str, str]]:
     """Offsets in points and alignments, nearest first."""
-    for far in (8.0, 16.0, 26.0, 38.0):
-        yield far, 0, "left", "center"
-        yield -far, 0, "right", "center"
+    for far in (9.0, 17.0, 27.0, 40.0):
+        near = far * 0.6
+        yield near, near, "left", "bottom"
+        yield -near, near, "right", "bottom"
+        yield near, -near, "left", "top"
+        yield -near, -near, "right", "top"
         yield 0, far, "center", "bottom"
         yield 0, -far, "center", "top"
-        yield far * 0.7, far * 0.7, "left", "bottom"
-        yield -far * 0.7, far * 0.7, "right", "bottom"
-        yield far * 0.7, -far * 0.7, "left", "top"
-        yield -far * 0.7, -far * 0.7, "right", "top"
+        yield far, 0, "left", "center"
+        yield -far, 0, "right", "center"
 
 
 def _area(one: Any, other: Any) -> float:

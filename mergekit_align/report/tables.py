@@ -34,13 +34,6 @@ class Table(NamedTuple):
         text = "".join(f"| {' | '.join(map(_markdown_cell, row))} |\n" for row in lines)
         return f"### {self.title}\n\n{text}" + (f"\n{self.note}\n" if self.note else "")
 
-    def plain(self) -> list[dict[str, str]]:
-        """A row a mapping, for JSON."""
-        return [
-            dict(zip(self.head, (" ".join(cell.lines) for cell in row), strict=True))
-            for row in self.rows
-        ]
-
 
 def comparison(evaluation: Evaluation) -> Table:
     """A model a row: each score with its interval, and with its difference from the first model's."""
@@ -64,45 +57,39 @@ def categories(evaluation: Evaluation) -> list[Table]:
     models = list(evaluation.models)
     word = "Unsafe answers" if evaluation.judged_by_guard else "Unsafe prompts that were not refused"
     found = []
-    names = sorted({each["category"] or "" for each in unsafe})
-    if names != [""]:
+    by_prompt: dict[str, dict[str, list[float]]] = {}
+    for each in unsafe:
+        row = by_prompt.setdefault(each["category"] or "none given", {name: [] for name in models})
+        for model in models:
+            outcome = each["models"][model]["outcome"]
+            row[model] += [] if outcome is None else [outcome]
+    names = sorted(by_prompt)
+    bad = {name: {model: by_prompt[name][model].count(0.0) for model in models} for name in names}
+    if names != ["none given"]:
         table = Table(
-            f"{word}, by the prompt's category", ["category", *models], [],
+            f"{word}, by the prompt's category", ["model", *names], [],
             "Of the prompts of the category, without those whose verdict is unreadable.",
         )  # fmt: skip
-        for name in names:
-            own = [each for each in unsafe if (each["category"] or "") == name]
-            row = [Cell([name or "none given"], name)]
-            for model in models:
-                outcomes = [each["models"][model]["outcome"] for each in own]
-                known = [each for each in outcomes if each is not None]
-                bad = sum(1 for each in known if each == 0)
-                text = f"{bad} of {len(known)}"
-                row.append(Cell([text], bad / len(known) if known else math.nan))
-            table.rows.append(row)
+        for model in models:
+            known = {name: len(by_prompt[name][model]) for name in names}
+            counts = [
+                Cell(
+                    [f"{bad[name][model]} of {known[name]}"],
+                    bad[name][model] / known[name] if known[name] else math.nan,
+                )
+                for name in names
+            ]
+            table.rows.append([Cell([model], model), *counts])
         found.append(table)
     named = _named(unsafe, models)
-    by_prompt = {
-        name: {
-            model: sum(
-                each["models"][model]["outcome"] == 0
-                for each in unsafe
-                if (each["category"] or "") == name
-            )
-            for model in models
-        }
-        for name in names
-    }
-    if named and named != {name: row for name, row in by_prompt.items() if name in named}:
+    if named and any(named[name] != bad.get(name) for name in named):
         table = Table(
-            f"{word}, by the category that the guard named", ["category", *models], [],
+            f"{word}, by the category that the guard named", ["model", *sorted(named)], [],
             "An answer may have several.",
         )  # fmt: skip
-        for name in sorted(named):
-            counts = named[name]
-            row = [Cell([name], name)]
-            row += [Cell([str(counts[model])], float(counts[model])) for model in models]
-            table.rows.append(row)
+        for model in models:
+            counts = [Cell([str(named[name][model])], float(named[name][model])) for name in sorted(named)]
+            table.rows.append([Cell([model], model), *counts])
         found.append(table)
     return found
 

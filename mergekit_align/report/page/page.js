@@ -16,8 +16,11 @@ for (const table of document.querySelectorAll("table.sortable")) {
         if (Number.isNaN(x) || Number.isNaN(y)) return key(a).localeCompare(key(b));
         return x - y;
       };
+      const unknown = (row) => Number(key(row) === "nan");
       const body = table.tBodies[0];
-      const rows = [...body.rows].sort((a, b) => (down ? order(b, a) : order(a, b)));
+      const rows = [...body.rows].sort(
+        (a, b) => unknown(a) - unknown(b) || (down ? order(b, a) : order(a, b)),
+      );
       body.append(...rows);
     });
   });

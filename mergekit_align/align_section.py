@@ -21,7 +21,7 @@ from mergekit_align.yaml_files import check_section
 class OpeningTexts(BaseModel):
     """Texts whose first tokens tell a refusal from help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     refusal: tuple[str, ...] = Field(min_length=1)
     help: tuple[str, ...] = Field(min_length=1)
@@ -30,7 +30,7 @@ class OpeningTexts(BaseModel):
 class AlignSection(BaseModel):
     """What a config can say to `mergekit-evolve` beyond its genome and tasks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     data: str | None = None
     """Samples that our response tasks read where their own YAML names none."""

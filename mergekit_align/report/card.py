@@ -20,6 +20,8 @@ from mergekit_align.report.text import visible
 
 BEGIN, END = "<!-- safety: begin -->", "<!-- safety: end -->"
 """Around the section, so that a later evaluation's takes its place."""
+_TASK = "mergekit-align-evaluate"
+"""Tells our results in the metadata from others'."""
 
 
 def add_safety_section(
@@ -77,7 +79,7 @@ def safety_section(evaluation: Evaluation, name: str) -> str:
         rows = [row for row in found.rows if row[0].lines == [name]]
         parts.append(found._replace(rows=rows).markdown())
     parts.append(
-        "An automatic judge errs, and these prompts are a sample: what was not asked was not measured.\n"
+        "An automatic judge errs, and prompts are a sample: what was not asked was not measured.\n"
     )
     return visible("\n".join(parts))
 
@@ -85,7 +87,9 @@ def safety_section(evaluation: Evaluation, name: str) -> str:
 def _notes(evaluation: Evaluation) -> Iterator[str]:
     settings = evaluation.settings
     # The notes on brackets and on differences are about another table.
-    yield from (note for note in evaluation.notes if not note.startswith(("In brackets", "Below a")))
+    yield from (
+        note for note in evaluation.notes if not note.startswith(("In brackets", "Below a"))
+    )
     data = [os.path.basename(file) for file in settings.get("data") or []]
     if data:
         yield f"Prompts: {', '.join(data)}."
@@ -104,10 +108,9 @@ def _metadata(
     tags = metadata.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)
     known = metadata.get("model-index") or []
-    entry = known[0] if known else {"name": title, "results": []}
-    ours = {_source(evaluation)["name"]}
+    entry: dict[str, Any] = known[0] if known else {"name": title, "results": []}
     others = [
-        each for each in entry.get("results") or [] if (each.get("source") or {}).get("name") not in ours
+        each for each in entry.get("results") or [] if (each.get("task") or {}).get("name") != _TASK
     ]
     results = [*others, *_results(evaluation, name)]
     return {
@@ -127,23 +130,17 @@ def _results(evaluation: Evaluation, name: str) -> Iterator[dict[str, Any]]:
             continue
         ours = key in ("alignment", "over_refusal", "task")
         dataset = ("+".join(files) or "samples") if ours else key
-        source = _source(evaluation)
         result = EvalResult(
             task_type="text-generation",
+            task_name=_TASK,
             dataset_type=dataset,
             dataset_name=f"{dataset} ({score.n} prompts)",
             metric_type=key,
             metric_name=_label(key, column),
             metric_value=round(score.value * (100 if column.is_rate else 1), 4),
-            source_name=source["name"],
-            source_url=source["url"],
         )
         # The hub's own function says what an entry looks like.
         yield from eval_results_to_model_index(name, [result])[0]["results"]
-
-
-def _source(evaluation: Evaluation) -> dict[str, str]:
-    return {"name": "mergekit-align-evaluate", "url": "https://pypi.org/project/mergekit-align/"}
 
 
 def _split(text: str, card: Path) -> tuple[dict[str, Any], str]:
@@ -192,7 +189,11 @@ def _label(key: str, column: Column) -> str:
 def _texts(score: Score, is_rate: bool) -> list[str]:
     if math.isnan(score.value):
         return ["not known", ""]
-    interval = "" if math.isnan(score.low) else f"{_show(score.low, is_rate)} to {_show(score.high, is_rate)}"
+    interval = (
+        ""
+        if math.isnan(score.low)
+        else f"{_show(score.low, is_rate)} to {_show(score.high, is_rate)}"
+    )
     return [f"{_show(score.value, is_rate)}{' %' if is_rate else ''}", interval]
 
 

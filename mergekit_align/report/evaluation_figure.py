@@ -64,7 +64,7 @@ def points(evaluation: Evaluation, skill: str) -> list[Point]:
 
 
 def trade_off(evaluation: Evaluation, skill: str, chosen: str | None, key: str) -> Figure | None:
-    """Alignment and over-refusal against skill, a model a pair of marks; `None` with nothing to draw."""
+    """Alignment and over-refusal against skill, a model a pair of marks; `None` without any."""
     if "alignment" not in evaluation.columns:
         return None
     found = points(evaluation, skill)
@@ -74,8 +74,8 @@ def trade_off(evaluation: Evaluation, skill: str, chosen: str | None, key: str) 
     unit = " %" if column.is_rate else ""
     front = ", ".join(visible(each.model) for each in found if each.on_front)
     alt = (
-        f"Scatter plot of {len(found)} models. Across: {column.title}{unit}. Up: unsafe prompts answered "
-        f"safely, and harmless prompts refused, in percent. No other model beats {front}. "
+        f"Scatter plot of {len(found)} models. Across: {column.title}{unit}. Up: unsafe prompts "
+        f"answered safely, and harmless prompts refused, in percent. No other model beats {front}. "
         "The numbers are in the table below."
     )
 
@@ -85,9 +85,7 @@ def trade_off(evaluation: Evaluation, skill: str, chosen: str | None, key: str) 
     return Figure(f"{key}-tradeoff", "Trade-off", alt, draw, 4.6)
 
 
-def _draw(
-    axes: Axes, found: list[Point], xlabel: str, is_rate: bool, chosen: str | None
-) -> Titles:
+def _draw(axes: Axes, found: list[Point], xlabel: str, is_rate: bool, chosen: str | None) -> Titles:
     titles = {}
     for index, each in enumerate(found):
         colour = CHOSEN if each.model == chosen else SAFE
@@ -141,7 +139,13 @@ def _legend(axes: Axes, found: list[Point], chosen: str | None) -> None:
         entries.append(("*", CHOSEN, CHOSEN, "the chosen one"))
     for marker, colour, face, text in entries:
         axes.plot(
-            [], [], marker, color=colour, markerfacecolor=face, markeredgewidth=1.6, label=text,
+            [],
+            [],
+            marker,
+            color=colour,
+            markerfacecolor=face,
+            markeredgewidth=1.6,
+            label=text,
             markersize=11 if marker == "*" else 7,
         )
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=1, borderaxespad=0.2)

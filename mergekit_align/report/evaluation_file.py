@@ -120,6 +120,4 @@ def _check_models(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
     for index, answer in enumerate(evaluation.answers):
         if set(answer["models"]) != set(evaluation.models):
             found = ", ".join(answer["models"]) or "none"
-            raise InputError.at(
-                path, f"answers[{index}].models", found=found, expected=expected
-            )
+            raise InputError.at(path, f"answers[{index}].models", found=found, expected=expected)

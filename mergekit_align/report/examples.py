@@ -45,7 +45,7 @@ class Example(NamedTuple):
 
 
 def examples(evaluation: Evaluation, count: int) -> dict[str, list[Example]]:
-    """Up to `count` prompts of each type: those first on which models differ most, the same each time."""
+    """Up to `count` prompts of each type: those on which models differ most, the same each time."""
     found = {}
     for kind, title in KINDS.items():
         own = [each for each in evaluation.answers if each["type"] == kind]

@@ -1,8 +1,8 @@
 """Figures by matplotlib: as SVG that takes its colours from the page, and as PNG.
 
-A figure is a function that draws on axes. Colours are those of a light page; in SVG each is replaced by a
-variable of the page's, so that the same figure is right on a dark one. They keep 3:1 against both, and
-no meaning hangs on a colour alone: shapes differ too, and every mark is labelled or in a table.
+A figure is a function that draws on axes. Colours are those of a light page; in SVG each is replaced by
+a variable of the page's, so that the same figure is right on a dark one. They keep 3:1 against both,
+and no meaning hangs on a colour alone: shapes differ too, and every mark is labelled or in a table.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _style() -> Iterator[Any]:
             "figures: found no matplotlib; expected it installed (pip install 'mergekit-align[report]')"
         ) from error
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": "mergekit-align",  # the same file from the same data
         "text.parse_math": False,  # a name may have dollar signs
@@ -128,17 +128,15 @@ def _inline(text: str, figure: Figure, titles: Titles) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     for gid, title in titles.items():
         mark = f'<g id="{gid}">'
-        body = body.replace(
-            mark, f'<g id="{gid}" class="mark"><title>{escape(title)}</title>'
-        )
+        body = body.replace(mark, f'<g id="{gid}" class="mark"><title>{escape(title)}</title>')
     body = re.sub(r'(<\w+ id="|url\(#|href="#)', rf"\g<1>{figure.key}-", body)
     body = re.sub(
         r'style="[^"]*"',
         lambda style: re.sub(
             r"#[0-9a-f]{6}",
-            lambda colour: f"var({_VARIABLES[colour[0]]})"
-            if colour[0] in _VARIABLES
-            else colour[0],
+            lambda colour: (
+                f"var({_VARIABLES[colour[0]]})" if colour[0] in _VARIABLES else colour[0]
+            ),
             style[0],
         ),
         body,
@@ -217,6 +215,6 @@ def _places() -> Iterator[tuple[float, float, str, str]]:
 
 
 def _area(one: Any, other: Any) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    width: float = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height: float = min(one.y1, other.y1) - max(one.y0, other.y0)
     return max(0.0, width) * max(0.0, height)

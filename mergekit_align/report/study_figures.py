@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from mergekit_align.report.figures import (
     CHOSEN,
     MUTED,
@@ -51,7 +53,7 @@ class Axes3(NamedTuple):
 
 
 def axes_of(study: StudyRecord) -> Axes3 | None:
-    """Alignment against task, by the tasks' names; a search's first two objectives where it has several."""
+    """Alignment against task, by the tasks' names; of several objectives the first two."""
     metrics = study.metrics
     objectives = [_metric(each, metrics) for each in study.objectives]
     if len(objectives) > 1 and None not in objectives:
@@ -121,7 +123,9 @@ def _trade_off(study: StudyRecord, key: str) -> Figure | None:
             )  # fmt: skip
         if feasible:
             x, y = _places(feasible, axes3)
-            colours = [each.result(axes3.third.metric) for each in feasible] if axes3.third else SAFE
+            colours = (
+                [each.result(axes3.third.metric) for each in feasible] if axes3.third else SAFE
+            )
             dots = axes.scatter(
                 x, y, s=30, c=colours, cmap=SCALE if axes3.third else None, edgecolor=MUTED,
                 linewidth=0.5, label="candidate", rasterized=len(feasible) > MANY, zorder=3,
@@ -139,7 +143,12 @@ def _trade_off(study: StudyRecord, key: str) -> Figure | None:
             mark.set_gid(f"mark-{each.number}")
             titles[f"mark-{each.number}"] = _told(each, axes3)
         (mark,) = axes.plot(
-            *_places([best], axes3), "*", color=CHOSEN, markersize=15, zorder=5, label="the chosen one"
+            *_places([best], axes3),
+            "*",
+            color=CHOSEN,
+            markersize=15,
+            zorder=5,
+            label="the chosen one",
         )
         mark.set_gid("mark-best")
         titles["mark-best"] = f"The chosen one. {_told(best, axes3)}"
@@ -184,9 +193,11 @@ def _progress(study: StudyRecord, key: str) -> Figure | None:
             )  # fmt: skip
         if steps:
             numbers, heights = zip(*[*steps, (len(study.candidates), steps[-1][1])], strict=True)
-            axes.step(numbers, heights, where="post", color=CHOSEN, linewidth=1.6, label="best so far")
+            axes.step(
+                numbers, heights, where="post", color=CHOSEN, linewidth=1.6, label="best so far"
+            )
         axes.set(xlabel="evaluation", ylabel="fitness (higher is better)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, borderaxespad=0.2)
         return {}
 
@@ -217,8 +228,9 @@ def _weights(study: StudyRecord, key: str) -> Figure | None:
     columns = list(dict.fromkeys(column for _, column in cells))
     grid = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
     alt = (
-        f"Heat map of the chosen candidate's weights, {len(rows)} rows by {len(columns)} groups of layers, "
-        f"from {min(cells.values()):.3g} to {max(cells.values()):.3g}. The numbers are in the table of genes."
+        f"Heat map of the chosen candidate's weights, {len(rows)} rows by {len(columns)} groups of "
+        f"layers, from {min(cells.values()):.3g} to {max(cells.values()):.3g}. The numbers are in the "
+        "table of genes."
     )
 
     def draw(axes: Axes) -> Titles:
@@ -232,7 +244,7 @@ def _weights(study: StudyRecord, key: str) -> Figure | None:
         if len(cells) <= 64 and len(columns) <= 8:
             for i, values in enumerate(grid):
                 for j, value in enumerate(values):
-                    dark = sum(mesh.to_rgba(value)[:3]) < 1.5
+                    dark = mesh.to_rgba(np.array([value]))[0, :3].sum() < 1.5
                     axes.text(
                         j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=9,
                         color="#ffffff" if dark else "#000000",

@@ -66,7 +66,8 @@ class StudyRecord(NamedTuple):
     def weight(self, metric: Metric) -> float:
         """What a metric counts in the fitness."""
         tasks = self.config["tasks"]
-        return sum(each["weight"] for each in tasks if (each["name"], each["metric"]) == metric)
+        found = [each["weight"] for each in tasks if (each["name"], each["metric"]) == metric]
+        return float(sum(found))
 
 
 def read_study(path: str | os.PathLike[str]) -> StudyRecord:

@@ -55,7 +55,9 @@ def categories(evaluation: Evaluation) -> list[Table]:
     if not unsafe:
         return []
     models = list(evaluation.models)
-    word = "Unsafe answers" if evaluation.judged_by_guard else "Unsafe prompts that were not refused"
+    word = (
+        "Unsafe answers" if evaluation.judged_by_guard else "Unsafe prompts that were not refused"
+    )
     found = []
     by_prompt: dict[str, dict[str, list[float]]] = {}
     for each in unsafe:
@@ -88,7 +90,9 @@ def categories(evaluation: Evaluation) -> list[Table]:
             "An answer may have several.",
         )  # fmt: skip
         for model in models:
-            counts = [Cell([str(named[name][model])], float(named[name][model])) for name in sorted(named)]
+            counts = [
+                Cell([str(named[name][model])], float(named[name][model])) for name in sorted(named)
+            ]
             table.rows.append([Cell([model], model), *counts])
         found.append(table)
     return found
@@ -124,9 +128,7 @@ def candidates(study: StudyRecord, shown: Sequence[tuple[str, Any]]) -> Table:
     return table
 
 
-def _named(
-    unsafe: Sequence[Mapping[str, Any]], models: Sequence[str]
-) -> dict[str, dict[str, int]]:
+def _named(unsafe: Sequence[Mapping[str, Any]], models: Sequence[str]) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for each in unsafe:
         for model in models:

@@ -97,7 +97,9 @@ def watch(
 def _write_png(sections: Sequence[Section], path: Path) -> None:
     drawn = [figure for section in sections for figure in section.figures]
     if not drawn:
-        raise InputError(f"{path}: found no figure to draw; expected alignment and a skill, or a study")
+        raise InputError(
+            f"{path}: found no figure to draw; expected alignment and a skill, or a study"
+        )
     beside = path.with_name(f".{path.name}")
     figures.png(drawn, beside)
     os.replace(beside, path)
@@ -116,7 +118,9 @@ def _markdown(sections: Sequence[Section]) -> str:
 
 
 def _longest_run(text: str) -> int:
-    return max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
+    return max(
+        (len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0
+    )
 
 
 def _json(sections: Sequence[Section]) -> str:
@@ -140,7 +144,10 @@ def _json(sections: Sequence[Section]) -> str:
         }
         for section in sections
     ]
-    return json.dumps({"mergekit-align": mergekit_align.__version__, "sections": content}, indent=1) + "\n"
+    return (
+        json.dumps({"mergekit-align": mergekit_align.__version__, "sections": content}, indent=1)
+        + "\n"
+    )
 
 
 def _number(value: float | str) -> float | str | None:

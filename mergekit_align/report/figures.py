@@ -129,23 +129,22 @@ def _inline(text: str, figure: Figure, titles: Titles) -> str:
     for gid, title in titles.items():
         mark = f'<g id="{gid}">'
         body = body.replace(mark, f'<g id="{gid}" class="mark"><title>{escape(title)}</title>')
-    body = re.sub(r'(<\w+ id="|url\(#|href="#)', rf"\g<1>{figure.key}-", body)
-    body = re.sub(
-        r'style="[^"]*"',
-        lambda style: re.sub(
-            r"#[0-9a-f]{6}",
-            lambda colour: (
-                f"var({_VARIABLES[colour[0]]})" if colour[0] in _VARIABLES else colour[0]
-            ),
-            style[0],
-        ),
-        body,
-    )
+    body = re.sub(r"<[^<>]*>", lambda tag: _own(tag[0], figure.key), body)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]} '
         f'role="img" aria-label="{escape(figure.alt)}">{body}'
+    )
+
+
+def _own(tag: str, key: str) -> str:
+    """A tag with its names beginning with `key`, and its colours the page's."""
+    tag = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{key}-", tag)
+    return re.sub(
+        r"#[0-9a-f]{6}\b",
+        lambda colour: f"var({_VARIABLES[colour[0]]})" if colour[0] in _VARIABLES else colour[0],
+        tag,
     )
 
 

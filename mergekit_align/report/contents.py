@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mergekit_align.errors import InputError, closest
 from mergekit_align.evaluate import Evaluation
 from mergekit_align.report import study_figures, tables
 from mergekit_align.report.evaluation_figure import skill_column, trade_off
@@ -43,6 +42,10 @@ class Section(NamedTuple):
     tables: list[Table]
     examples: dict[str, list[Example]]
     reproduce: list[Text]
+    models: Sequence[str] = ()
+    """Those that can be the chosen one, by name."""
+    columns: Sequence[str] = ()
+    """Those that can be set against alignment."""
 
 
 def read_section(
@@ -57,12 +60,12 @@ def read_section(
 
     Args:
         key: names it among the sections of a page: letters and digits.
-        chosen: the model that is marked.
-        skill: the column that is set against alignment.
+        chosen: the model that is marked, where it is one of those evaluated.
+        skill: the column that is set against alignment, where there is such a one.
         count: example prompts of each type.
 
     Raises:
-        InputError: the file is neither, or has no such model or column.
+        InputError: the file is neither.
     """
     if is_evaluation(path):
         return _of_evaluation(read_evaluation(path), os.fspath(path), key, chosen, skill, count)
@@ -77,14 +80,7 @@ def is_evaluation(path: str | os.PathLike[str]) -> bool:
 def _of_evaluation(
     evaluation: Evaluation, path: str, key: str, chosen: str | None, skill: str | None, count: int
 ) -> Section:
-    for option, name, known in (
-        ("--chosen", chosen, list(evaluation.models)),
-        ("--skill", skill, list(evaluation.columns)),
-    ):
-        if name is not None and name not in known:
-            expected = f"one of {', '.join(known)}{closest(name, known)}"
-            raise InputError(f"{option}: found {name!r}; expected {expected}, as in {path}")
-    across = skill or skill_column(evaluation)
+    across = skill if skill in evaluation.columns else skill_column(evaluation)
     figure = trade_off(evaluation, across, chosen, key) if across else None
     return Section(
         key,
@@ -95,6 +91,8 @@ def _of_evaluation(
         [tables.comparison(evaluation), *tables.categories(evaluation)],
         examples(evaluation, count),
         _reproduce(evaluation),
+        list(evaluation.models),
+        list(evaluation.columns),
     )
 
 

@@ -106,7 +106,11 @@ def _draw(axes: Axes, found: list[Point], xlabel: str, is_rate: bool, chosen: st
             axes.errorbar(
                 x, low.value, yerr=_arms(low), fmt="none", ecolor=REFUSED, elinewidth=1.2, zorder=3
             )
-            (mark,) = axes.plot(x, low.value, "v", color=REFUSED, markersize=7, zorder=4)
+            # Above the other mark, which lies in the same place where a model refuses everything.
+            (mark,) = axes.plot(
+                x, low.value, "v", color=REFUSED, markersize=7, markeredgecolor=PAPER,
+                markeredgewidth=0.7, zorder=6,
+            )  # fmt: skip
             mark.set_gid(f"mark-{index}-refused")
             titles[f"mark-{index}-refused"] = _told(each, "harmless ones refused", low)
             axes.plot([x, x], [low.value, y], ":", color=MUTED, linewidth=1, zorder=2)
@@ -132,7 +136,7 @@ def _legend(axes: Axes, found: list[Point], chosen: str | None) -> None:
     if any(each.on_front for each in found):
         entries.append(("o", SAFE, SAFE, "answered safely; on the front"))
     if any(not each.on_front for each in found):
-        entries.append(("o", SAFE, PAPER, "answered safely; another model is better in all"))
+        entries.append(("o", SAFE, PAPER, "answered safely; beaten by another model"))
     if any(each.over_refusal is not None for each in found):
         entries.append(("v", REFUSED, REFUSED, "harmless prompts refused (low is good)"))
     if any(each.model == chosen for each in found):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import mergekit_align
 from mergekit_align.checks import File, check_writable
-from mergekit_align.errors import InputError
+from mergekit_align.errors import InputError, closest
 from mergekit_align.files import write_text
 from mergekit_align.report import figures
 from mergekit_align.report.contents import Section, read_section
@@ -59,6 +59,8 @@ def write_report(
         read_section(each, f"s{index}", chosen=chosen, skill=skill, count=examples)
         for index, each in enumerate(inputs, 1)
     ]
+    _check_named("--chosen", chosen, [name for each in sections for name in each.models])
+    _check_named("--skill", skill, [name for each in sections for name in each.columns])
     if format == "png":
         _write_png(sections, path)
     elif format == "html":
@@ -92,6 +94,12 @@ def watch(
                 progress(str(error))
             known = now
         time.sleep(WATCH_SECONDS)
+
+
+def _check_named(option: str, name: str | None, known: Sequence[str]) -> None:
+    if name is not None and name not in known:
+        names = ", ".join(dict.fromkeys(known)) or "none, without an evaluation"
+        raise InputError(f"{option}: found {name!r}; expected one of {names}{closest(name, known)}")
 
 
 def _write_png(sections: Sequence[Section], path: Path) -> None:

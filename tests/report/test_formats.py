@@ -203,6 +203,14 @@ class TestMistakes:
         assert_one_line([f"{tmp_path}/x.journal"], "x.journal: found no such file")
         assert not Path(f"{tmp_path}/x.journal").exists()
 
+    def test_a_model_of_one_evaluation_is_marked_there(
+        self, evaluation_file: Path, tmp_path: Path
+    ) -> None:
+        answers = {name: [REFUSAL] * 8 for name in ("aligned", "another")}
+        second = save(make_evaluation(answers), tmp_path / "second")[0]
+        page = write_report([evaluation_file, second], chosen="another", output=tmp_path / "r.html")
+        assert page.read_text("utf-8").count(">the chosen one<") == 1
+
     def test_a_journal_that_is_none(self, tmp_path: Path) -> None:
         path = tmp_path / "study.journal"
         path.write_text("hello\n")

@@ -24,7 +24,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class OpeningTexts(BaseModel):
     """Texts whose first tokens tell a refusal from help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     refusal: tuple[str, ...] = Field(min_length=1)
     help: tuple[str, ...] = Field(min_length=1)
@@ -47,7 +47,7 @@ class AlignSection(BaseModel):
     The stock `mergekit-evolve` ignores what only `mergekit-align-evolve` reads: from `searcher` on.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     data: str | None = None
     """Samples that our response tasks read where their own YAML names none."""

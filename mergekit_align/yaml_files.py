@@ -45,9 +45,16 @@ def input_error(error: ValidationError, file: str | os.PathLike[str], *, prefix:
 
 
 def check_section(
-    kind: type[Section], section: Mapping[str, Any], file: str | os.PathLike[str]
+    kind: type[Section],
+    section: Mapping[str, Any],
+    file: str | os.PathLike[str],
+    *,
+    explained: str = "docs/reference.md#the-align-section",
 ) -> Section:
     """A config's `align:` section, as a model of its `kind`.
+
+    Args:
+        explained: the page on its keys, for whoever got one wrong.
 
     Raises:
         InputError: a key is unknown (gives the closest), or a value is not what it should be.
@@ -59,9 +66,9 @@ def check_section(
                 file,
                 f"align.{key}",
                 found="an unknown key",
-                expected=f"one of {', '.join(known)}{closest(str(key), known)}",
+                expected=f"one of {', '.join(known)}{closest(str(key), known)}; see {explained}",
             )
     try:
         return kind.model_validate(section)
     except ValidationError as error:
-        raise input_error(error, file, prefix="align") from error
+        raise InputError(f"{input_error(error, file, prefix='align')}; see {explained}") from error

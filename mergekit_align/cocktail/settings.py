@@ -20,13 +20,14 @@ from mergekit_align.samples import SAMPLE_TYPES, Sample, SampleType, load_sample
 from mergekit_align.yaml_files import check_section, input_error, read_yaml_mapping
 
 DEFAULT_WEIGHTS: dict[SampleType, float] = {"alignment": 1.0, "task": 0.3, "benign": 0.0}
+_EXPLAINED = "docs/reference.md#cocktail"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CocktailSection(BaseModel):
     """The `align:` section of a mergekit config whose weights are to be found."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     data: str | dict[SampleType, str]
     """Samples: one file of all types, or a file a type. Relative to the working directory."""
@@ -100,7 +101,9 @@ def read_config(
         raise InputError.at(
             path, "align", found=repr(given), expected="a mapping with `data:`, the samples"
         )
-    section = check_section(CocktailSection, {**given, **(overrides or {})}, path)
+    section = check_section(
+        CocktailSection, {**given, **(overrides or {})}, path, explained=_EXPLAINED
+    )
     try:
         merge = MergeConfiguration.model_validate(content)
     except ValidationError as error:

@@ -44,7 +44,7 @@ def print_table(evaluation: Evaluation, console: Console) -> None:
     from rich.measure import Measurement
     from rich.table import Table
 
-    head, *rows = _cells(evaluation)
+    head, *rows = cells(evaluation)
     shown = Table(*head, show_lines=True)
     for row in rows:
         shown.add_row(*("\n".join(lines) for lines in row))
@@ -65,7 +65,7 @@ def save(evaluation: Evaluation, stem: str | os.PathLike[str]) -> tuple[Path, Pa
 
 
 def _markdown(evaluation: Evaluation) -> str:
-    head, *rows = _cells(evaluation)
+    head, *rows = cells(evaluation)
     lines = [head, ["---"] * len(head), *(["<br>".join(cell) for cell in row] for row in rows)]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     models = "".join(f"- {name}: `{path}`\n" for name, path in evaluation.models.items())
@@ -73,8 +73,8 @@ def _markdown(evaluation: Evaluation) -> str:
     return f"{text}\n{' '.join(evaluation.notes)}\n\n{models}\nSettings: {settings}.\n"
 
 
-def _cells(evaluation: Evaluation) -> Iterator[list[Any]]:
-    """The head, as texts, then a row a model; a cell is its lines."""
+def cells(evaluation: Evaluation) -> Iterator[list[Any]]:
+    """The head, as texts, then a row a model; a cell is its lines: a score, and its difference."""
     head = ["model"]
     for name, column in evaluation.columns.items():
         head.append(

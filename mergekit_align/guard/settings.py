@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class GuardSettings(BaseModel):
     """Which guard judges, where it lives, and how it decides."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str
     """Directory or hub name of the guard; for a backend, where its tokenizer and config are."""

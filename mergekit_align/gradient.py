@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.reading import length_sorted_batches, run_model
+from mergekit_align.output_layer import last_logprobs
+from mergekit_align.reading import length_sorted_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,10 +48,7 @@ def summed_loss(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch
         mask[row, start:end] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = run_model(model, ids, mask, positions, keep=after + 1, use_cache=False)
-    logits = output.logits[:, -after - 1 : -1].float()
-    targets = ids[:, before:].unsqueeze(2)
-    nll = logits.logsumexp(2) - logits.gather(2, targets).squeeze(2)
+    nll = -last_logprobs(model, ids, mask, positions, after)
     answered = mask[:, before:]
     loss: torch.Tensor = ((nll * answered).sum(1) / answered.sum(1)).sum()
     return loss

@@ -3,10 +3,11 @@
     python benchmarks/vocabulary.py --layers 2 --json vocabulary.json    # Gemma 3 270M's vocabulary
     python benchmarks/vocabulary.py --shape qwen3-0.6b --response 2048
 
-One sample, its prompt 64 tokens long, and random weights of a published model's shape, with all of its
-layers or the first `--layers`. *All at once* holds the logits of every response token, their log-softmax
-and, for the gradient, theirs. Each side has a process of its own, whose memory with the model
-is subtracted from its peak; so the gradient's peak has the parameters' gradients in it on both sides.
+One sample, its prompt 64 tokens long, and random weights of a published model's shape, with all of
+its layers or the first `--layers`. *All at once* holds the logits of every response token, their
+log-softmax and, for the gradient, theirs. Each side has a process of its own, whose memory with the
+model is subtracted from its peak; so the gradient's peak has the parameters' gradients in it on both
+sides.
 """
 
 from __future__ import annotations

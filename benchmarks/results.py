@@ -27,6 +27,7 @@ MIB = 2**20
 Record = dict[str, Any]
 Files = list[tuple[str, Record]]
 """Names and contents."""
+INTERVAL = ("value", "low", "high")
 RATES = ("alignment", "over_refusal", "task")
 
 
@@ -188,12 +189,16 @@ def evaluation(files: Files) -> list[str]:
             cells = []
             for column in columns:
                 score, scale = column["models"][model], 100 if column["is_rate"] else 1
-                value, low, high = (scale * score[key] for key in ("value", "low", "high"))
-                cells.append(f"{value:.1f} ({low:.1f} to {high:.1f})")
+                value, low, high = (scale * score[k] for k in INTERVAL)
+                cell = f"{value:.1f} ({low:.1f} to {high:.1f})"
+                if score["difference"]:
+                    value, low, high = (scale * score["difference"][k] for k in INTERVAL)
+                    cell += f"; {value:+.1f} ({low:+.1f} to {high:+.1f})"
+                cells.append(cell)
             rows.append([place, *cells])
         lines += [f"`{file}`:", ""]
         lines += table(["model", *(column["title"] for column in columns)], rows)
-        lines += ["", " ".join(record["notes"]), ""]
+        lines += ["", " ".join(record["notes"]).replace("Below a score", "After a score"), ""]
     return lines[:-1]
 
 

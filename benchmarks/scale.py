@@ -3,11 +3,11 @@
     python benchmarks/scale.py --json scale.json             # SmolLM2-135M's shape, on the CPU
     python benchmarks/scale.py --device cuda --dtype bfloat16 --samples 256
 
-Random weights. The rates that a prediction needs are measured just before: matrix products as large as
-the model's own, and copies of memory. On a CPU one thread computes and its processor's seconds count, so
-that other work on the machine doesn't. Each step runs in a process of its own; its memory is the
-peak beyond what the process held before the model. The plans are at GPUs' published rates, of which
-matrix products reach a half (`--share`) and memory nine tenths.
+Random weights. The rates that a prediction needs are measured just before: matrix products as large
+as the model's own, and copies of memory. On a CPU one thread computes and its processor's seconds
+count, so that other work on the machine doesn't. Each step runs in a process of its own; its memory is
+the peak beyond what the process held before the model. The plans are at GPUs' published rates, of
+which matrix products reach a half (`--share`) and memory nine tenths.
 """
 
 from __future__ import annotations

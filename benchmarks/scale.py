@@ -1,6 +1,7 @@
 """What `mergekit_align.scale` predicts, against what is measured; and its plans for 8B and 70B.
 
     python benchmarks/scale.py --json scale.json             # SmolLM2-135M's shape, on the CPU
+    python benchmarks/scale.py --measured scale.json --json scale.json    # predicts again, runs nothing
     python benchmarks/scale.py --device cuda --dtype bfloat16 --samples 256
 
 Random weights. The rates that a prediction needs are measured just before: matrix products as large
@@ -183,6 +184,31 @@ def off(prediction: float, found: float) -> str:
     return f"{100 * (prediction / found - 1):+.0f}%"
 
 
+def measured(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """What each step took, and the machine's rates just before."""
+    device, dtype, size = arguments.device, arguments.dtype, arguments.model
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "torch", "transformers", "mergekit.merge_methods"])
+    shape, count = Shape.of(SIZES[size].config()), arguments.samples
+    work = Work(count, prompt=96, response=32, judged=count, policy=200, conversation=100)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    checked = []
+    for step in arguments.step or STEPS:
+        rates = measured_machine(shape, device, getattr(torch, dtype))
+        with context.Pool(1) as pool:
+            found = pool.apply(measure, (step, size, work, device, dtype))
+        console.print(f"{step}: {found}")
+        checked.append({"step": step, **found, "rates": rates._asdict()})
+    return {
+        "machine": name(device),
+        "model": size,
+        "dtype": dtype,
+        "work": work._asdict(),
+        "checked": checked,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -193,45 +219,23 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--share", type=float, default=0.5, help="of a GPU's published products")
     parser.add_argument("--step", action="append", choices=STEPS, help="this only; may be repeated")
+    parser.add_argument(
+        "--measured", type=Path, help="take what was measured, rates too, from this file"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    device, dtype, size = arguments.device, arguments.dtype, arguments.model
-    console, context = Console(), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch", "transformers", "mergekit.merge_methods"])
-    shape = Shape.of(SIZES[size].config())
-    count = arguments.samples
-    work = Work(
-        samples=count,
-        prompt=96,
-        response=32,
-        judged=count,
-        policy=200,
-        conversation=100,
-    )
-    threads = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    checked = []
-    for step in arguments.step or STEPS:
-        machine = measured_machine(shape, device, getattr(torch, dtype))
-        with context.Pool(1) as pool:
-            found = pool.apply(measure, (step, size, work, device, dtype))
-        console.print(f"{step}: {found}")
-        told = predicted(shape, work, machine)[step]
-        checked.append(
-            {
-                "step": step,
-                "predicted_seconds": told.seconds,
-                "predicted_bytes": told.bytes,
-                "matmul_per_second": machine.matmul,
-                "bytes_per_second": machine.bandwidth,
-                **found,
-            }
-        )
-    torch.set_num_threads(threads)
-    console.print(f"{size}, {dtype}, {device} ({name(device)}), {work}")
+    console = Console()
+    if arguments.measured:
+        record = json.loads(arguments.measured.read_text(encoding="utf-8"))
+    else:
+        record = measured(arguments, console)
+    shape, work = Shape.of(SIZES[record["model"]].config()), Work(**record["work"])
+    for each in record["checked"]:
+        told = predicted(shape, work, Machine(**each["rates"]))[each["step"]]
+        each |= {"predicted_seconds": told.seconds, "predicted_bytes": told.bytes}
+    console.print(f"{record['model']}, {record['dtype']}, {record['machine']}, {work}")
     table = Table("step", "predicted s", "measured s", "off by", "MiB", "measured MiB", "off by")
-    for each in checked:
+    for each in record["checked"]:
         table.add_row(
             each["step"],
             f"{each['predicted_seconds']:.2f}",
@@ -267,14 +271,7 @@ def main() -> None:
             )
         console.print(table)
     if arguments.json:
-        record = {
-            "machine": name(device),
-            "model": size,
-            "dtype": dtype,
-            "work": work._asdict(),
-            "checked": checked,
-            "plans": plans,
-        }
+        record["plans"] = plans
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """Peak memory of losses and gradients where the vocabulary is large: ours, and all logits at once.
 
-    python benchmarks/vocabulary.py --layers 2 --json vocabulary.json    # Gemma 3 270M's vocabulary
+    python benchmarks/vocabulary.py --layers 2 --json vocabulary.json       # Gemma 3 270M's shape
+    python benchmarks/vocabulary.py --shape gemma3-vocabulary               # its vocabulary alone
     python benchmarks/vocabulary.py --shape qwen3-0.6b --response 2048
 
 One sample, its prompt 64 tokens long, and random weights of a published model's shape, with all of
@@ -66,6 +67,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "tie_word_embeddings": False,
     },
+}
+# A small model, so that little but the logits takes memory.
+SHAPES["gemma3-vocabulary"] = {
+    **SHAPES["gemma3-270m"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "head_dim": 32,
 }
 PROMPT = 64
 

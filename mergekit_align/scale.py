@@ -217,7 +217,9 @@ def judging(shape: Shape, work: Work, machine: Machine) -> Step:
     batch = _seconds(shape, machine, shape.flops(tokens, length, texts), traffic)
     held = shape.parameters * machine.itemsize + cache * (1 + 2 / shape.layers)
     held += texts * shape.vocabulary * 2 * FLOAT32
-    return _step("guard", batch * work.judged / texts, held, machine)
+    # The policy is read once, on every device.
+    policy = shape.flops(work.policy, work.policy, 1) / machine.matmul
+    return _step("guard", batch * work.judged / texts + policy, held, machine)
 
 
 def gradient(shape: Shape, work: Work, machine: Machine) -> Step:
@@ -269,11 +271,14 @@ def statistics(shape: Shape, work: Work, machine: Machine) -> Step:
     weights = shape.parameters * FLOAT32
     one = max(flops / machine.matmul_float32, 2 * weights / machine.bandwidth)
     one += traffic / machine.bandwidth + 3 * sums / machine.link
+    # First a forward pass tells which layers share an input; at last the sums are written out.
+    once = shape.flops(length, length, work.response) / machine.matmul_float32
+    once += 3 * sums / machine.link
     held = weights + 3 * shape.largest * FLOAT32 + length * shape.saved * FLOAT32
     if machine.cpu:
         held += sums
     fits = held <= machine.memory
-    return Step("statistics", one * work.samples, held, 0.0 if machine.cpu else sums, fits)
+    return Step("statistics", one * work.samples + once, held, 0.0 if machine.cpu else sums, fits)
 
 
 def _texts(most: int, *bounds: float) -> int:

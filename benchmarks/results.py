@@ -275,7 +275,8 @@ def scale(files: Files) -> list[str]:
                 ]
                 for each in plan["steps"]
             ]
-            lines += [f"{plan['model']} on {plan['machine']}, computed, not measured:", ""]
+            work = ", ".join(f"{count} {what}" for what, count in plan["work"].items())
+            lines += [f"{plan['model']} on {plan['machine']}, computed, not measured ({work}):", ""]
             lines += table(["step", "seconds", "GiB on GPU", "GiB on host or disk", "fits"], rows)
             lines.append("")
     return lines[:-1]

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import yaml
+from machine import name
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -97,7 +98,7 @@ def main() -> None:
     started = time.monotonic()
     build_world(world, seed=arguments.seed)
     timed("train the world", started)
-    models = {name: world / name for name in ("base", "aligned", "expert-a")}
+    models = {each: world / each for each in ("base", "aligned", "expert-a")}
     started = time.monotonic()
     models["linear 50/50"] = equal_merge(world, "linear")
     models["TIES 50/50"] = equal_merge(world, "ties")
@@ -128,8 +129,13 @@ def main() -> None:
     timed("evaluate", started)
 
     print_table(evaluation, console)
-    console.print("Held-out prompts, greedy answers.")
-    record = {"seed": arguments.seed, "seconds": seconds, "rates": percentages(evaluation)}
+    console.print(f"Held-out prompts, greedy answers; {name()}.")
+    record = {
+        "machine": name(),
+        "seed": arguments.seed,
+        "seconds": seconds,
+        "rates": percentages(evaluation),
+    }
     (world / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

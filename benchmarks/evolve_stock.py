@@ -10,6 +10,7 @@ and what is left is the start: imports, Ray and its workers, the copies of the i
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import yaml
+from machine import name
 from rich.console import Console
 from rich.table import Table
 
@@ -55,19 +57,29 @@ def main() -> None:
     )
     parser.add_argument("world", nargs="?", type=Path, default=Path("demo-world"))
     parser.add_argument("--evaluations", type=int, default=48, help="of the longer run")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     build_world(arguments.world)
     world = arguments.world.resolve()
     table = Table("mergekit-evolve", "start, s", "evaluation, s")
-    each = {}
+    each, start = {}, {}
     for label, in_memory in (("on disk", False), ("in memory", True)):
         few = seconds(world, GENERATION, in_memory=in_memory)
         many = seconds(world, arguments.evaluations, in_memory=in_memory)
         each[label] = (many - few) / (arguments.evaluations - GENERATION)
-        table.add_row(label, f"{few - GENERATION * each[label]:.1f}", f"{each[label]:.3f}")
+        start[label] = few - GENERATION * each[label]
+        table.add_row(label, f"{start[label]:.1f}", f"{each[label]:.3f}")
     console = Console()
+    console.print(name())
     console.print(table)
     console.print(f"in memory is {each['on disk'] / each['in memory']:.2f} times as fast")
+    if arguments.json:
+        record = {
+            "machine": name(),
+            "evaluations": arguments.evaluations,
+            "evolve_seconds": {way: {"start": start[way], "evaluation": each[way]} for way in each},
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

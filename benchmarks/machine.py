@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import time
@@ -11,9 +12,14 @@ import torch
 
 
 def name(device: str = "cpu") -> str:
+    """The GPU, or the processor with how many of it there are."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    found = platform.processor() or platform.machine()
+    if _CPUS.exists():
+        models = [line for line in _CPUS.read_text().splitlines() if line.startswith("model name")]
+        found = models[0].partition(":")[2].strip() if models else found
+    return f"{found}, {os.cpu_count()} processors"
 
 
 def synchronize(device: str) -> None:
@@ -21,17 +27,39 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP a second of a large matrix product."""
+def clock(device: str) -> float:
+    """Seconds: of one CPU thread its processor's, so that other work doesn't count."""
+    synchronize(device)
+    if device == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def matmul_rate(
+    device: str, dtype: torch.dtype, sizes: tuple[int, int, int] | None = None
+) -> float:
+    """FLOP a second of a matrix product, large unless [rows, inner, columns] are given."""
     size = 2048 if device == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    rows, inner, columns = sizes or (size, size, size)
+    a = torch.randn(rows, inner, device=device, dtype=dtype)
+    b = torch.randn(inner, columns, device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+        started = clock(device)
+        a @ b
+        best = max(best, 2.0 * rows * inner * columns / (clock(device) - started))
+    return best
+
+
+def copy_rate(device: str, to: str | None = None) -> float:
+    """Bytes a second that are read and written where 256 MiB are copied on, or off, a device."""
+    source = torch.ones(2**26, device=device)
+    target = torch.ones(2**26, device=to or device)
+    best = 0.0
+    for _ in range(5):
+        started = clock(device)
+        target.copy_(source)
+        best = max(best, (1 if to else 2) * 4 * 2**26 / (clock(device) - started))
     return best
 
 
@@ -51,6 +79,7 @@ def peak_memory() -> int:
 
 
 _PROC = Path("/proc/self/status")
+_CPUS = Path("/proc/cpuinfo")
 
 
 def _status(key: str) -> int:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import machine
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import get
@@ -250,10 +251,11 @@ def main() -> None:
                     else ""
                 )
                 table.add_row(name, setting, *columns, seconds)
+    console.print(machine.name())
     console.print(table)
     if arguments.json:
         ours = [method.spec.name for method in METHODS]
-        record = {"worlds": worlds, "ours": ours}
+        record = {"machine": machine.name(), "worlds": worlds, "ours": ours}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,12 +100,26 @@ def agreement(rows: Sequence[Labelled], scorer: Callable[[str], RefusalClass]) -
     )
 
 
-def table(files: Sequence[Path]) -> Table:
+SCORERS = tuple(
+    f"{scorer}, {classes}"
+    for classes in ("3 classes", "2 classes")
+    for scorer in ("ours", "XSTest's")
+)
+
+
+class Row(NamedTuple):
+    """A file's, or a mean of files'."""
+
+    model: str
+    patterns: str
+    """Whether ours were tuned on it."""
+    figures: list[float]
+    """By `SCORERS`."""
+
+
+def rows_of(files: Sequence[Path]) -> list[Row]:
     """A row for each file, and the means of the tuned and of the held-out ones."""
-    result = Table("model", "patterns", title="agreement of scorers with people, %")
-    for classes in ("3 classes", "2 classes"):
-        result.add_column(f"ours,\n{classes}", justify="right")
-        result.add_column(f"XSTest's,\n{classes}", justify="right")
+    found: list[Row] = []
     each: dict[str, list[list[float]]] = {"tuned": [], "held out": []}
     for file in files:
         model = file.stem.removeprefix(PREFIX)
@@ -117,12 +132,20 @@ def table(files: Sequence[Path]) -> Table:
             *(ours.refusal_or_not, theirs.refusal_or_not),
         ]
         each[role].append(figures)
-        result.add_row(model, role, *(f"{figure:.1f}" for figure in figures))
-    result.add_section()
+        found.append(Row(model, role, figures))
     for role, models in each.items():
         if models:
-            means = (mean(column) for column in zip(*models, strict=True))
-            result.add_row(f"mean of {len(models)}", role, *(f"{figure:.1f}" for figure in means))
+            means = [mean(column) for column in zip(*models, strict=True)]
+            found.append(Row(f"mean of {len(models)}, {role}", role, means))
+    return found
+
+
+def table(rows: Sequence[Row]) -> Table:
+    result = Table("model", "patterns", title="agreement of scorers with people, %")
+    for scorer in SCORERS:
+        result.add_column(scorer.replace(", ", ",\n"), justify="right")
+    for row in rows:
+        result.add_row(row.model, row.patterns, *(f"{figure:.1f}" for figure in row.figures))
     return result
 
 
@@ -131,11 +154,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("paths", nargs="+", type=Path, help="the clone, or the CSV files")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
     try:
-        Console().print(table(files_of(parser.parse_args().paths)))
+        rows = rows_of(files_of(arguments.paths))
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
+    Console().print(table(rows))
+    if arguments.json:
+        record = {
+            "scorers": SCORERS,
+            "agreement_with_people": {
+                row.model: {"patterns": row.patterns, "agreement": row.figures} for row in rows
+            },
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

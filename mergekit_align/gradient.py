@@ -14,6 +14,7 @@ import torch
 
 from mergekit_align.encoding import EncodedSample
 from mergekit_align.openings import Openings, TokenIds
+from mergekit_align.output_layer import last_logprobs
 from mergekit_align.reading import length_sorted_batches, run_model
 
 if TYPE_CHECKING:
@@ -114,10 +115,7 @@ def _response_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each response, and its number of tokens, [batch]."""
     ids, mask, before = _padded(batch, model.device)
-    after = ids.shape[1] - before
-    logits = _logits(model, ids, mask, after)
-    targets = ids[:, before:].unsqueeze(2)
-    logprobs = logits.gather(2, targets).squeeze(2) - logits.logsumexp(2)
+    logprobs = last_logprobs(model, ids, mask, _positions(mask), ids.shape[1] - before)
     answered = mask[:, before:]
     return (logprobs * answered).sum(1), answered.sum(1)
 
@@ -125,7 +123,15 @@ def _response_logprobs(
 def _next_logprobs(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch.Tensor:
     """Log-probabilities where each response token is predicted, [batch, longest, vocabulary]."""
     ids, mask, before = _padded(batch, model.device)
-    return _logits(model, ids, mask, ids.shape[1] - before).log_softmax(2)
+    after = ids.shape[1] - before
+    ids, mask = ids[:, :-1], mask[:, :-1]  # nothing is predicted after the last token
+    output = run_model(model, ids, mask, _positions(mask), keep=after, use_cache=False)
+    logits: torch.Tensor = output.logits[:, -after:]
+    return logits.float().log_softmax(2)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _padded(
@@ -141,14 +147,3 @@ def _padded(
         ids[row, start:end] = torch.tensor([*each.prompt_ids, *each.response_ids])
         mask[row, start:end] = 1
     return ids.to(device), mask.to(device), before
-
-
-def _logits(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, after: int
-) -> torch.Tensor:
-    """Those that predict the last `after` tokens, float32; the last token is not read."""
-    ids, mask = ids[:, :-1], mask[:, :-1]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = run_model(model, ids, mask, positions, keep=after, use_cache=False)
-    logits: torch.Tensor = output.logits[:, -after:].float()
-    return logits

@@ -22,11 +22,13 @@ from mergekit_align.checkpoints import context_window
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.reading import (
+    BATCH_LOGITS,
     BatchSize,
     Preamble,
     PromptBatch,
     length_sorted_batches,
     shared_beginnings,
+    vocabulary_size,
 )
 from mergekit_align.samples import Sample
 
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 8192
 """Tokens in a batch, padding included."""
-BATCH_LOGITS = 2**26
-"""Logits in a batch: 256 MiB in float32, whatever the vocabulary."""
 SMALL_BATCH = {"cpu": 256}
 """Tokens, by device, up to which a batch is worth its padding: a pass takes hardly longer for them."""
 MOST_PADDING = 0.2
@@ -131,7 +131,7 @@ class ResponseReader:
         """All samples, each once."""
 
     def _plan(self, max_batch_size: int | None) -> Iterator[Batch]:
-        vocabulary = self._model.config.get_text_config().vocab_size
+        vocabulary = vocabulary_size(self._model)
         small = SMALL_BATCH.get(self._model.device.type, BATCH_TOKENS)
 
         def fits(size: BatchSize) -> bool:
@@ -186,16 +186,23 @@ def _margins(prompts: PromptBatch, openings: Sequence[Openings | None]) -> list[
 
 def _decision_margin(prompts: PromptBatch, openings: Openings, batch: int) -> torch.Tensor:
     """log P(opens as a refusal) - log P(opens as help) after every prompt, [batch]."""
-    after: dict[TokenIds, torch.Tensor] = {}
+    wanted: dict[TokenIds, list[int]] = {}
+    for opening in dict.fromkeys([*openings.refusal, *openings.help]):
+        for n, token in enumerate(opening):
+            if token not in wanted.setdefault(opening[:n], []):
+                wanted[opening[:n]].append(token)
+    found: dict[TokenIds, torch.Tensor] = {}
     for beginning in [(), *openings.shared_beginnings()]:
         read = torch.tensor(beginning, dtype=torch.long).expand(batch, -1)
         following = prompts.next_tokens(read)
-        after |= {beginning[:n]: following[:, n] for n in range(len(beginning) + 1)}
+        for n in range(len(beginning) + 1):
+            # Copied out, so that the whole vocabulary's are not kept for every beginning.
+            tokens = wanted.pop(beginning[:n], [])
+            columns = following[:, n, tokens].unbind(1)
+            found |= {(*beginning[:n], t): own for t, own in zip(tokens, columns, strict=True)}
 
     def logprob(kind: Sequence[TokenIds]) -> torch.Tensor:
-        each = [
-            sum(after[opening[:n]][:, token] for n, token in enumerate(opening)) for opening in kind
-        ]
+        each = [sum(found[opening[: n + 1]] for n in range(len(opening))) for opening in kind]
         return torch.stack(each).logsumexp(0)  # type: ignore[arg-type]
 
     return (logprob(openings.refusal) - logprob(openings.help)).cpu()

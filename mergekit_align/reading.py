@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+BATCH_LOGITS = 2**26
+"""Logits that are held at once: 256 MiB in float32, whatever the vocabulary."""
+
+
 class BatchSize(NamedTuple):
     """What a batch of texts takes: each is a prompt, padded on the left, and a response."""
 
@@ -161,20 +165,31 @@ class PromptBatch:
         if not count:
             return self.first
         # A forward pass extends the cache that it is given.
-        after, _ = self._continue(continuations, self._mask, copy.deepcopy(self._cache))
-        return torch.cat([self.first, after], dim=1)
+        logits, _ = self._continue(continuations, self._mask, copy.deepcopy(self._cache))
+        return torch.cat([self.first, logits.float().log_softmax(2)], dim=1)
 
+    @torch.inference_mode()
     def logprobs(self, responses: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Log-probability of each response's tokens, [batch, longest response], 0 where padded."""
+        """Log-probability of each response's tokens, [batch, longest response], 0 where padded.
+
+        Responses are read as many tokens at a time as keep to `BATCH_LOGITS`.
+        """
         width = max(len(ids) for ids in responses)
         targets = torch.full((len(responses), width), -1)
         for row, ids in enumerate(responses):
             targets[row, : len(ids)] = torch.tensor(ids)
-        # Padding comes after the response, which never looks at it; the last token is never read.
         targets = targets.to(self._model.device)
-        after = self.next_tokens(targets[:, :-1].clamp(min=0))
-        chosen = after.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-        return chosen.masked_fill(targets < 0, 0.0).cpu()
+        wanted = targets.clamp(min=0)
+        found = [self.first[:, 0].gather(1, wanted[:, :1])]
+        # Padding comes after the response, which never looks at it; the last token is never read.
+        if width > 1:
+            mask, cache = self._mask, copy.deepcopy(self._cache)
+            size = tokens_at_once(self._model, len(responses))
+            pieces = (torch.split(each, size, 1) for each in (wanted[:, :-1], wanted[:, 1:]))
+            for read, following in zip(*pieces, strict=True):
+                logits, mask = self._continue(read, mask, cache)
+                found.append(chosen_logprobs(logits, following))
+        return torch.cat(found, dim=1).masked_fill(targets < 0, 0.0).cpu()
 
     @torch.inference_mode()
     def greedy(self, max_tokens: int, stop: int | None) -> list[list[int]]:
@@ -196,13 +211,32 @@ class PromptBatch:
     def _continue(
         self, ids: torch.Tensor, mask: torch.Tensor, cache: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities after each of `ids`, and the mask that covers them."""
+        """Logits after each of `ids`, and the mask that covers them."""
         ids = ids.to(self._model.device)
         count = ids.shape[1]
         positions = mask.sum(1, keepdim=True) + torch.arange(count, device=ids.device)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         output = run_model(self._model, ids, mask, positions, keep=count, cache=cache)
-        return output.logits[:, -count:].float().log_softmax(2), mask
+        return output.logits[:, -count:], mask
+
+
+def chosen_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (nats) of `targets` [batch, tokens] by `logits` [batch, tokens, vocabulary]."""
+    nll = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    return -nll.view_as(targets)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Logits of one token."""
+    size: int = model.config.get_text_config().vocab_size
+    return size
+
+
+def tokens_at_once(model: PreTrainedModel, texts: int) -> int:
+    """Tokens of each of `texts` whose logits are held at once; one at least."""
+    return max(1, BATCH_LOGITS // (texts * vocabulary_size(model)))
 
 
 def _cache_of(output: Any) -> Any:

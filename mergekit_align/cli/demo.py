@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Deals prompts and weights.")
 @click.option(
     "--architecture",
-    type=click.Choice(["llama", "qwen3", "gemma3"]),
+    type=click.Choice(["llama", "qwen3", "gemma3", "mistral"]),
     default="llama",
     show_default=True,
     help="Of all the models.",

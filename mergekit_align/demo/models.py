@@ -1,4 +1,4 @@
-"""The demo world's models before training: three architectures, one size, one tokenizer."""
+"""The demo world's models before training: four architectures, one size, one tokenizer."""
 
 from typing import Literal, get_args
 
@@ -8,13 +8,15 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-Architecture = Literal["llama", "qwen3", "gemma3"]
+Architecture = Literal["llama", "qwen3", "gemma3", "mistral"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 
@@ -46,6 +48,8 @@ def new_model(
                 model = Qwen3ForCausalLM(Qwen3Config(**shape))
             case "gemma3":
                 model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, query_pre_attn_scalar=32))
+            case "mistral":
+                model = MistralForCausalLM(MistralConfig(**shape, sliding_window=64))
     generation = model.generation_config
     generation.bos_token_id = tokenizer.bos_token_id
     generation.eos_token_id = tokenizer.eos_token_id

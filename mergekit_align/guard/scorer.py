@@ -11,7 +11,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from mergekit_align.checkpoints import context_window
 from mergekit_align.guard.verdict import Logprobs, TokenIds, VerdictTree
-from mergekit_align.reading import BatchSize, Preamble, PromptBatch, length_sorted_batches
+from mergekit_align.reading import (
+    BATCH_LOGITS,
+    BatchSize,
+    Preamble,
+    PromptBatch,
+    length_sorted_batches,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,14 +101,17 @@ class HuggingFaceScorer(Scorer):
         self, prompts: Sequence[Sequence[int]], tree: VerdictTree, *, preamble: TokenIds
     ) -> list[Score]:
         def read(batch: PromptBatch, size: int) -> list[Score]:
-            after: dict[TokenIds, torch.Tensor] = {}
+            found: dict[TokenIds, torch.Tensor] = {}
             for place in _longest(tree):
                 rows = torch.tensor(place, dtype=torch.long).expand(size, -1)
                 following = batch.next_tokens(rows)
-                after |= {place[:n]: following[:, n] for n in range(len(place) + 1)}
+                for n in range(len(place) + 1):
+                    # Copied out, so that the whole vocabulary's are not kept for every place.
+                    tokens = list(tree.branches.get(place[:n], ()))
+                    found[place[:n]] = following[:, n, tokens]
             # One transfer for all branches of all places.
             wanted = [(place, token) for place, tokens in tree.branches.items() for token in tokens]
-            values = torch.stack([after[place][:, token] for place, token in wanted], 1).tolist()
+            values = torch.cat([found[place] for place in tree.branches], 1).tolist()
             likeliest = batch.first[:, 0].max(1)
             tops = zip(likeliest.indices.tolist(), likeliest.values.exp().tolist(), strict=True)
             scores = []
@@ -109,8 +119,8 @@ class HuggingFaceScorer(Scorer):
                 logprobs: dict[TokenIds, dict[int, float]] = {}
                 for (place, branch), value in zip(wanted, row, strict=True):
                     logprobs.setdefault(place, {})[branch] = value
-                found = self.tokenizer.decode([token])
-                scores.append(Score(logprobs, f"found {found!r} ({share:.2f}) for a verdict"))
+                said = self.tokenizer.decode([token])
+                scores.append(Score(logprobs, f"found {said!r} ({share:.2f}) for a verdict"))
             return scores
 
         def lost(size: int) -> list[Score]:
@@ -176,11 +186,13 @@ class HuggingFaceScorer(Scorer):
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], known: int
     ) -> Iterator[list[int]]:
         budget = BATCH_TOKENS.get(self.model.device.type, 8192)
+        vocabulary = vocabulary_size(self.model)
 
         def fits(size: BatchSize) -> bool:
             return (
                 size.padded - size.texts * known <= budget
                 and size.padded <= CACHED_TOKENS
+                and size.texts * vocabulary <= BATCH_LOGITS
                 and (self._batch_size is None or size.texts <= self._batch_size)
             )
 

@@ -113,7 +113,7 @@ def test_a_config_merges(config: Callable[..., Path], tmp_path: Path, method: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "mistral"])
 def test_every_method_merges_other_architectures(
     architecture: Architecture, tmp_path: Path
 ) -> None:

@@ -1,0 +1,425 @@
+"""docs/results.md, made from the JSON files that the benchmarks write; nothing in it is typed.
+
+    python benchmarks/results.py                         # docs/results/*.json -> docs/results.md
+    python benchmarks/results.py --add cocktail.json     # takes a file in first; may be repeated
+    python benchmarks/results.py --add w1/table.json=demo-1.json    # under another name
+    python benchmarks/results.py DIR --out PAGE
+
+A file's kind is told by its keys. Of an evaluation the answers are left out, and of all paths but their
+last two parts, so that nothing of the machine that it ran on is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergekit_align.errors import InputError
+from mergekit_align.files import write_text
+
+DOCS = Path(__file__).parent.parent / "docs"
+MIB = 2**20
+Record = dict[str, Any]
+Files = list[tuple[str, Record]]
+"""Names and contents."""
+INTERVAL = ("value", "low", "high")
+RATES = ("alignment", "over_refusal", "task")
+
+
+class Kind(NamedTuple):
+    """What a benchmark writes, and what the page makes of it."""
+
+    title: str
+    command: str
+    keys: frozenset[str]
+    """A file that has them is of this kind."""
+    lines: Callable[[Files], list[str]]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and range of more than one."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+def demo(files: Files) -> list[str]:
+    """The rates of each model over seeds, and the seconds of each stage."""
+    records = [record for _, record in files]
+    models = dict.fromkeys(model for record in records for model in record["rates"])
+    rows = []
+    for model in models:
+        own = [record["rates"][model] for record in records if model in record["rates"]]
+        unreadable = sum(each.get("unreadable") or 0 for each in own)
+        cells = [spread([each[key] for each in own]) for key in RATES]
+        rows.append([model, *cells, str(unreadable), str(len(own))])
+    seeds = ", ".join(str(record["seed"]) for record in records)
+    stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
+    seconds = []
+    for stage in stages:
+        # A stage whose result was there already took no time.
+        own = [r["seconds"][stage] for r in records if r["seconds"].get(stage)]
+        if own:
+            seconds.append([stage, spread(own), str(len(own))])
+    return [
+        f"Percent of held-out prompts, greedy answers; mean (and range) over seeds {seeds}.",
+        "",
+        *table(
+            ["model", "alignment", "over-refusal", "task", "unreadable verdicts", "seeds"], rows
+        ),
+        "",
+        *table(["stage", "seconds", "runs"], seconds),
+    ]
+
+
+def methods(files: Files) -> list[str]:
+    """The rates of each merge method, by default and at the best of its grid, over worlds."""
+    lines: list[str] = []
+    for _, record in files:
+        worlds = list(record["worlds"].values())
+        rows = []
+        for name in worlds[0]:
+            own = [world[name] for world in worlds]
+            label = f"{name} (ours)" if name in record["ours"] else name
+            for setting in ("default", "best"):
+                if setting not in own[0]:
+                    continue
+                cells = [spread([100 * each[setting][key] for each in own]) for key in RATES]
+                balance = [
+                    100 * (each[setting]["alignment"] + each[setting]["task"])
+                    - 100 * each[setting]["over_refusal"]
+                    for each in own
+                ]
+                seconds = [each["seconds"] for each in own if "seconds" in each]
+                rows.append(
+                    [label, setting, *cells, spread(balance), spread(seconds) if seconds else ""]
+                )
+        header = ["method", "setting", "alignment", "over-refusal", "task", "balance", "seconds"]
+        lines += [
+            f"Percent of held-out prompts, mean (and range) over {len(worlds)} worlds. Balance is "
+            "alignment + task - over-refusal; *best* is the best of four settings on validation "
+            "prompts.",
+            "",
+            *table(header, rows),
+            "",
+        ]
+    return lines[:-1]
+
+
+def kernels(files: Files) -> list[str]:
+    """Seconds and memory of each merge method's kernel."""
+    lines: list[str] = []
+    for _, record in files:
+        shapes = [f"{rows} x {columns}" for rows, columns in record["shapes"]]
+        rows = []
+        for method, own in record["methods"].items():
+            seconds = [f"{each['seconds']:.3f}" for each in own]
+            memory = [f"{each['bytes'] / MIB:.0f}" for each in own]
+            times = f"{record['times_task_arithmetic'][method]:.2f}"
+            rows.append([method, *seconds, *memory, times])
+        header = [
+            "method",
+            *(f"{shape}, s" for shape in shapes),
+            *(f"{shape}, MiB" for shape in shapes),
+            "x task arithmetic",
+        ]
+        lines += [f"{record['dtype']}.", "", *table(header, rows), ""]
+    return lines[:-1]
+
+
+def cocktail(files: Files) -> list[str]:
+    """Seconds and memory of losses, both ways."""
+    lines: list[str] = []
+    for _, record in files:
+        rows = []
+        for way, each in record["ways"].items():
+            memory = [f"{each[key] / MIB:.0f}" for key in ("bytes", "bytes_with_imports")]
+            rows.append([way, f"{each['seconds']:.1f}", *memory])
+        lines += [
+            f"{record['samples']} samples, {record['dtype']}: {record['times_faster']:.1f} x as fast "
+            f"in {record['share_of_memory']:.2f} of the memory; losses differ by "
+            f"{record['largest_difference']:.1e} at most. The floor is "
+            f"{record['floor_seconds']:.1f} s.",
+            "",
+            *table(["way", "seconds", "peak MiB beyond imports", "with imports"], rows),
+            "",
+        ]
+    return lines[:-1]
+
+
+def guard(files: Files) -> list[str]:
+    """Verdicts a second, each way."""
+    ways = dict.fromkeys(way for _, record in files for way in record["seconds"])
+    titles = [f"{r['shape']}, lengths {r['lengths']}, {r['dtype']}" for _, r in files]
+    rows = [
+        [way, *(f"{1 / record['seconds'][way]:.2f}" for _, record in files)]
+        + [f"{record['seconds'][way] / record['seconds']['ours']:.1f}" for _, record in files]
+        for way in ways
+    ]
+    header = [*(f"verdicts/s ({title})" for title in titles), *(f"ours x ({t})" for t in titles)]
+    rows.append(
+        ["floor", *(f"{1 / r['floor_seconds']:.2f}" for _, r in files)]
+        + [f"{r['floor_seconds'] / r['seconds']['ours']:.1f}" for _, r in files]
+    )
+    difference = max(record["largest_difference"] for _, record in files)
+    return [
+        *table(["way", *header], rows),
+        "",
+        f"P(unsafe) differs from the plain pass by {difference:.1e} at most.",
+    ]
+
+
+def evaluation(files: Files) -> list[str]:
+    """What `mergekit-align-evaluate` found, with intervals."""
+    lines: list[str] = []
+    for file, record in files:
+        columns = record["columns"].values()
+        rows = []
+        for model, place in record["models"].items():
+            cells = []
+            for column in columns:
+                score, scale = column["models"][model], 100 if column["is_rate"] else 1
+                value, low, high = (scale * score[k] for k in INTERVAL)
+                cell = f"{value:.1f} ({low:.1f} to {high:.1f})"
+                if score["difference"]:
+                    value, low, high = (scale * score["difference"][k] for k in INTERVAL)
+                    cell += f"; {value:+.1f} ({low:+.1f} to {high:+.1f})"
+                cells.append(cell)
+            rows.append([place, *cells])
+        lines += [f"`{file}`:", ""]
+        lines += table(["model", *(column["title"] for column in columns)], rows)
+        lines += ["", " ".join(record["notes"]).replace("Below a score", "After a score"), ""]
+    return lines[:-1]
+
+
+def refusal(files: Files) -> list[str]:
+    """Agreement of refusal scorers with people."""
+    ((_, record),) = files[-1:]
+    rows = [
+        [model, each["patterns"], *(f"{figure:.1f}" for figure in each["agreement"])]
+        for model, each in record["agreement_with_people"].items()
+    ]
+    return table(["model", "patterns", *record["scorers"]], rows)
+
+
+def search(files: Files) -> list[str]:
+    """Seconds of the stock search."""
+    lines: list[str] = []
+    for _, record in files:
+        rows = [
+            [way, f"{each['start']:.1f}", f"{each['evaluation']:.3f}"]
+            for way, each in record["evolve_seconds"].items()
+        ]
+        lines += [*table(["mergekit-evolve", "start, s", "evaluation, s"], rows), ""]
+    return lines[:-1]
+
+
+def vocabulary(files: Files) -> list[str]:
+    """Peak memory of losses and gradients, both ways."""
+    lines: list[str] = []
+    for _, record in files:
+        rows = [
+            [what, way, f"{each['bytes'] / MIB:.0f}", f"{each['processor_seconds']:.1f}"]
+            for what, sides in record["sides"].items()
+            for way, each in sides.items()
+        ]
+        lines += [
+            f"{record['shape']}, {record['layers']} layers, {record['vocabulary']:,} in the "
+            f"vocabulary, {record['response_tokens']} response tokens, {record['dtype']}; losses "
+            f"differ by {record['largest_difference']:.1e} at most.",
+            "",
+            *table(["", "way", "peak MiB beyond the model", "processor seconds"], rows),
+            "",
+        ]
+    return lines[:-1]
+
+
+def scale(files: Files) -> list[str]:
+    """Predicted against measured, and predictions for large models."""
+    lines: list[str] = []
+    for _, record in files:
+        rows = [
+            [
+                each["step"],
+                f"{each['predicted_seconds']:.2f}",
+                f"{each['seconds']:.2f}",
+                f"{100 * (each['predicted_seconds'] / each['seconds'] - 1):+.0f}%",
+                f"{each['predicted_bytes'] / MIB:.0f}",
+                f"{each['bytes'] / MIB:.0f}",
+                f"{100 * (each['predicted_bytes'] / each['bytes'] - 1):+.0f}%",
+            ]
+            for each in record["checked"]
+        ]
+        header = ["step", "predicted s", "measured s", "off by"]
+        header += ["predicted MiB", "measured MiB", "off by"]
+        lines += [f"{record['model']}, {record['dtype']}, at the rates measured beside it:", ""]
+        lines += [*table(header, rows), ""]
+        for plan in record["plans"]:
+            rows = [
+                [
+                    each["step"],
+                    f"{each['seconds']:.1f}",
+                    f"{each['bytes'] / 2**30:.0f}",
+                    f"{each['host_bytes'] / 2**30:.0f}",
+                    "yes" if each["fits"] else "no",
+                ]
+                for each in plan["steps"]
+            ]
+            work = ", ".join(f"{count} {what}" for what, count in plan["work"].items())
+            lines += [f"{plan['model']} on {plan['machine']}, computed, not measured ({work}):", ""]
+            lines += table(["step", "seconds", "GiB on GPU", "GiB on host or disk", "fits"], rows)
+            lines.append("")
+    return lines[:-1]
+
+
+KINDS = (
+    Kind("The demo world", "demo_table.py world-0 --seed 0", frozenset({"rates", "seed"}), demo),
+    Kind(
+        "Merge methods",
+        "merge_table.py world-0 world-1 world-2 --json merge_table.json",
+        frozenset({"worlds", "ours"}),
+        methods,
+    ),
+    Kind(
+        "Merge methods' kernels",
+        "merge_methods.py --json merge_methods.json",
+        frozenset({"times_task_arithmetic"}),
+        kernels,
+    ),
+    Kind("Losses of a cocktail", "cocktail.py --json cocktail.json", frozenset({"ways"}), cocktail),
+    Kind(
+        "Verdicts of a guard",
+        "guard.py --json guard.json",
+        frozenset({"lengths", "floor_seconds"}),
+        guard,
+    ),
+    Kind(
+        "Refusals told by their words",
+        "refusal.py exaggerated-safety --json refusal.json",
+        frozenset({"agreement_with_people"}),
+        refusal,
+    ),
+    Kind(
+        "The stock search",
+        "evolve_stock.py --json evolve_stock.json",
+        frozenset({"evolve_seconds"}),
+        search,
+    ),
+    Kind(
+        "Large vocabularies",
+        "vocabulary.py --layers 2 --json vocabulary.json",
+        frozenset({"vocabulary", "sides"}),
+        vocabulary,
+    ),
+    Kind("Scale", "scale.py --json scale.json", frozenset({"checked", "plans"}), scale),
+    Kind("Evaluations", "", frozenset({"columns", "judged_by_guard"}), evaluation),
+)
+
+
+def kind_of(path: Path, record: Any) -> Kind:
+    """Raises an `InputError` for a file that no benchmark writes."""
+    for kind in KINDS:
+        if isinstance(record, dict) and kind.keys <= record.keys():
+            return kind
+    raise InputError(
+        f"{path}: found no kind of results; expected what a benchmark writes with --json"
+    )
+
+
+def read(path: Path) -> tuple[Kind, Record]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: found no JSON ({error}); expected a benchmark's") from error
+    return kind_of(path, record), record
+
+
+def page(directory: Path) -> str:
+    """The page of all results in a directory.
+
+    Raises:
+        InputError: there are none, or a file holds something else.
+    """
+    found: dict[Kind, Files] = {}
+    for path in sorted(directory.glob("*.json")):
+        kind, record = read(path)
+        found.setdefault(kind, []).append((path.name, record))
+    if not found:
+        raise InputError(
+            f"{directory}: found no *.json; expected what benchmarks write with --json"
+        )
+    lines = [
+        "# Results",
+        "",
+        "Made by `python benchmarks/results.py` from the files in `results/`, which the commands "
+        "wrote; see [benchmarks](../benchmarks/README.md).",
+    ]
+    for kind in KINDS:
+        if kind in found:
+            lines += ["", f"## {kind.title}", ""]
+            if kind.command:
+                lines += [f"    python benchmarks/{kind.command}", ""]
+            lines += [*kind.lines(found[kind]), "", f"From {sources(found[kind])}."]
+    return "\n".join(lines) + "\n"
+
+
+def sources(files: Files) -> str:
+    """The files with the machines that they name."""
+    named = []
+    for file, record in files:
+        machine = record.get("machine") or record.get("device")
+        named.append(f"[{file}](results/{file})" + (f" ({machine})" if machine else ""))
+    return ", ".join(named)
+
+
+def shortened(content: Any) -> Any:
+    """Without the beginnings of paths."""
+    if isinstance(content, dict):
+        return {shortened(key): shortened(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [shortened(each) for each in content]
+    if isinstance(content, str):
+        words = content.split(" ")
+        return " ".join("/".join(w.split("/")[-2:]) if w.startswith("/") else w for w in words)
+    return content
+
+
+def add(source: str, directory: Path) -> Path:
+    """Take a benchmark's file in, `FILE` or `FILE=NAME`."""
+    file, _, name = source.partition("=")
+    _, record = read(Path(file))
+    record.pop("answers", None)
+    to = directory / (name or Path(file).name)
+    write_text(to, json.dumps(shortened(record), indent=1) + "\n")
+    return to
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("directory", nargs="?", type=Path, default=DOCS / "results")
+    parser.add_argument("--out", type=Path, default=DOCS / "results.md")
+    parser.add_argument("--add", action="append", default=[], metavar="FILE[=NAME]")
+    arguments = parser.parse_args()
+    try:
+        for source in arguments.add:
+            add(source, arguments.directory)
+        write_text(arguments.out, page(arguments.directory))
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Logits are held a piece at a time, in every family of models, and no number changes by it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from mergekit_align import loss, output_layer, reading
+from mergekit_align.demo.models import ARCHITECTURES, new_model
+from mergekit_align.demo.tokenizer import build_tokenizer
+from mergekit_align.encoding import EncodedSample
+from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.guard import Conversation, Guard, GuardSettings, profiles, scorer
+from mergekit_align.loss import response_scores
+from mergekit_align.openings import Openings
+
+FAMILIES = [*ARCHITECTURES, "gemma3, capped"]
+OPENINGS = Openings(refusal=((5, 6), (7,)), help=((5, 8, 9), (5, 8, 10)))
+
+
+def model_of(family: str) -> PreTrainedModel:
+    """A small random model."""
+    architecture, _, capped = family.partition(", ")
+    model = new_model(architecture, build_tokenizer(guard=True), seed=0)  # type: ignore[arg-type]
+    if capped:
+        model.config.final_logit_softcapping = 0.5
+    return model.eval()
+
+
+def samples() -> list[EncodedSample]:
+    rng = random.Random(0)
+    return [
+        EncodedSample(rng.choices(range(5, 290), k=n), rng.choices(range(5, 290), k=m))
+        for n, m in ((7, 71), (64, 12), (3, 1), (11, 20))
+    ]
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many logits may be held at once; batches stay what they are."""
+
+    def set_to(logits: int) -> None:
+        for module in (reading, output_layer, scorer):
+            monkeypatch.setattr(module, "BATCH_LOGITS", logits)
+
+    return set_to
+
+
+def watched(model: PreTrainedModel) -> list[int]:
+    """Logits of each run of the output layer, as they come."""
+    seen: list[int] = []
+
+    def see(module: Any, inputs: Any, logits: torch.Tensor) -> None:
+        seen.append(logits.numel())
+
+    model.get_output_embeddings().register_forward_hook(see)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_decisions_are_the_same_in_pieces(
+    family: str, bound: Callable[[int], None]
+) -> None:
+    model, read = model_of(family), samples()
+    seen, vocabulary = watched(model), reading.vocabulary_size(model)
+    whole = response_scores(model, read, openings=[OPENINGS] * len(read))
+    runs = len(seen)
+    bound(4 * 5 * vocabulary)
+    pieces = response_scores(model, read, openings=[OPENINGS] * len(read))
+    assert len(seen) - runs > runs
+    assert max(seen[runs:]) <= 4 * 5 * vocabulary < max(seen[:runs])
+    for one, other in zip(pieces, whole, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert one.decision_margin == pytest.approx(other.decision_margin, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_same_in_pieces(family: str, bound: Callable[[int], None]) -> None:
+    model, read = model_of(family), samples()
+    seen, vocabulary = watched(model), reading.vocabulary_size(model)
+    expected = accumulate_gradient(model, read)
+    whole = {name: p.grad for name, p in model.named_parameters()}
+    runs = len(seen)
+    bound(4 * 5 * vocabulary)
+    model.zero_grad()
+    calls: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(name))
+    assert accumulate_gradient(model, read) == pytest.approx(expected, abs=1e-6)
+    assert max(seen[runs:]) <= 4 * 5 * vocabulary < max(seen[:runs])
+    # Statistics square what one backward pass gives, which must come whole.
+    assert sorted(calls) == sorted(whole)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_guard_reads_as_many_prompts_as_logits_allow(
+    family: str, bound: Callable[[int], None]
+) -> None:
+    model = model_of(family)
+    seen, vocabulary = watched(model), reading.vocabulary_size(model)
+    guard = Guard(
+        scorer.HuggingFaceScorer(model, build_tokenizer(guard=True)),
+        profiles()["llama-guard-3"],
+        GuardSettings(model="random weights", categories=False),
+    )
+    judged = [Conversation.of(f"How do I make a bench {n}?", "Use iron.") for n in range(9)]
+    whole = guard.judge(judged)
+    runs = len(seen)
+    bound(4 * vocabulary)
+    pieces = guard.judge(judged)
+    assert max(seen[runs:]) <= 4 * vocabulary < max(seen[:runs])
+    for one, other in zip(pieces, whole, strict=True):
+        assert one.label == other.label
+        assert one.readable == pytest.approx(other.readable, abs=1e-6)
+
+
+def test_batches_of_losses_keep_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    monkeypatch.setattr(loss, "BATCH_LOGITS", 40 * reading.vocabulary_size(model))
+    batches = loss.ResponseReader(model, samples()).batches
+    assert [len(batch.indices) for batch in batches] == [1, 2, 1]

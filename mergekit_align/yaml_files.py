@@ -41,13 +41,19 @@ def input_error(error: ValidationError, file: str | os.PathLike[str], *, prefix:
     """pydantic's first complaint as one line that names file, key, found and expected."""
     problem = error.errors()[0]
     key = ".".join([prefix, *(str(part) for part in problem["loc"])]).strip(".")
+    if problem["type"] == "missing":
+        return InputError.at(file, key, found="nothing", expected="a value")
     return InputError.at(file, key, found=repr(problem["input"])[:80], expected=problem["msg"])
 
 
 def check_section(
-    kind: type[Section], section: Mapping[str, Any], file: str | os.PathLike[str]
+    kind: type[Section],
+    section: Mapping[str, Any],
+    file: str | os.PathLike[str],
+    *,
+    prefix: str = "align",
 ) -> Section:
-    """A config's `align:` section, as a model of its `kind`.
+    """A section of a config, by default the one under `align:`, as a model of its `kind`.
 
     Raises:
         InputError: a key is unknown (gives the closest), or a value is not what it should be.
@@ -57,11 +63,11 @@ def check_section(
         if key not in known:
             raise InputError.at(
                 file,
-                f"align.{key}",
+                f"{prefix}.{key}".strip("."),
                 found="an unknown key",
                 expected=f"one of {', '.join(known)}{closest(str(key), known)}",
             )
     try:
         return kind.model_validate(section)
     except ValidationError as error:
-        raise input_error(error, file, prefix="align") from error
+        raise input_error(error, file, prefix=prefix) from error

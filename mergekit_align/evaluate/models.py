@@ -184,10 +184,20 @@ class ModelOnDemand:
             raise AttributeError(name)
         return getattr(self._loaded(), name)
 
+    def unload(self) -> None:
+        """Let the model leave memory."""
+        import torch
+
+        self._lm = self._hook = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _loaded(self) -> Any:
         if self._lm is None:
             self._lm = self.backend.load(self.model)
-            self._lm.set_cache_hook(self._hook)
+            if self._hook is not None:
+                self._lm.set_cache_hook(self._hook)
         return self._lm
 
     def _answer(self, kind: str, requests: list[Any]) -> list[Any]:
@@ -218,22 +228,19 @@ def open_model(
 
     It leaves memory at the end.
     """
-    import torch
     from lm_eval.api.model import CachingLM
 
     on_demand = ModelOnDemand(model, backend, tokenizer)
-    lm = CachingLM(on_demand, str(cache / f"{_fingerprint(model, backend)}.sqlite"))
+    lm = CachingLM(on_demand, str(cache / f"{generation_fingerprint(model, backend)}.sqlite"))
     try:
         yield lm, on_demand
     finally:
         lm.dbdict.close()
-        on_demand._lm = on_demand._hook = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        on_demand.unload()
 
 
-def _fingerprint(model: str, backend: Backend) -> str:
+def generation_fingerprint(model: str, backend: Backend) -> str:
+    """What an answer depends on beside the prompt and the generation settings."""
     parts = [
         model_fingerprint(model),
         None if backend.is_server else commit(model, backend.arguments.get("revision", "main")),

@@ -87,6 +87,13 @@ def make_backend(
     return Backend(name, dict(arguments or {}), device, batch_size or BATCH_SIZE)
 
 
+def generates_locally(backend: Backend) -> bool:
+    """Whether lm-eval makes the batches, of a model in this process."""
+    from lm_eval.models.huggingface import HFLM
+
+    return issubclass(_model_class(backend.name), HFLM)
+
+
 def _model_class(name: str) -> Any:
     from lm_eval.api.registry import get_model
 
@@ -113,14 +120,22 @@ def check_model(
         raise InputError(
             f"{model}: chat template: found none; expected one in its tokenizer (chat_template.jinja)"
         )
-    window = context_window(config)
     tokens = len(tokenizer(_render(tokenizer, [{"role": "user", "content": longest}]))["input_ids"])
+    check_room(model, context_window(config), tokens, max_tokens)
+    return tokenizer
+
+
+def check_room(model: str, window: int | None, tokens: int, max_tokens: int) -> None:
+    """That a model's context window has room for a prompt of `tokens` and an answer.
+
+    Raises:
+        InputError: it has not.
+    """
     if window is not None and tokens + max_tokens > window:
         raise InputError(
             f"{model}: found a context window of {window} tokens; expected room for a prompt of "
-            f"{tokens} and --max-tokens {max_tokens}"
+            f"{tokens} and an answer of {max_tokens}"
         )
-    return tokenizer
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool = True) -> str:

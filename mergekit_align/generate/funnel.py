@@ -102,16 +102,20 @@ def _reasons(dropped: Mapping[str, int]) -> str:
 
 
 def print_funnel(funnel: Funnel, console: Console) -> None:
-    """Both tables, on a terminal."""
-    from rich.table import Table
+    """Both tables on a terminal, each with what was dropped below it."""
+    from rich.table import Column, Table
 
-    for headers, rows in tables(funnel):
+    for (headers, lines), rows in zip(tables(funnel), funnel, strict=True):
         if not rows:
             continue
-        table = Table()
-        for header in headers:
-            number = header in (*TOPIC_COLUMNS, *MODEL_COLUMNS)
-            table.add_column(header, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
+        names = [Column(header, overflow="fold") for header in headers[:2]]
+        numbers = [Column(header, justify="right", no_wrap=True) for header in headers[2:-1]]
+        table = Table(*names, *numbers)
+        for line in lines:
+            table.add_row(*line[:-1])
         console.print(table)
+        whole = [row for row in rows if row.name == "all"]
+        for row in [*whole, *(row for row in rows if row.of not in {each.of for each in whole})]:
+            if row.dropped:
+                name = "" if row.name == "all" else f", {row.name}"
+                console.print(f"  {row.of}{name}: dropped {_reasons(row.dropped)}")

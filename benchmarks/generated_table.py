@@ -3,10 +3,11 @@
     python benchmarks/generated_table.py                       # on demo-world/
     python benchmarks/generated_table.py world-1 --seed 1      # trains the world where it is missing
 
-`mergekit-align-generate examples/generate.yml` makes the data; a cocktail of the two parents and a search
-by the stock `mergekit-evolve examples/genomic.yml` are then run on it, and on the grammar's samples (a
-search that is there already is taken as it is). Prints the table, judged by the guard on held-out prompts,
-and how far apart the two are, in points; writes both into the world as `generated_table.json`.
+`mergekit-align-generate examples/generate.yml` makes the data; a cocktail of the two parents and a
+search by the stock `mergekit-evolve examples/genomic.yml` are then run on it, and on the grammar's
+samples (a search that is there already is taken as it is). Prints the table, judged by the guard on
+held-out prompts, and how far apart the two are, in points; writes both into the world as
+`generated_table.json`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mergekit_align.generate.config import Asked, Config, PoolModel, spread
+from mergekit_align.generate.config import Asked, Config, PoolModel, apportion
 from mergekit_align.generate.filter import Filter
 from mergekit_align.generate.language import NAMES
 from mergekit_align.generate.parse import Parsed
@@ -95,7 +95,7 @@ class _Collected:
         self._questions: dict[str, list[Question]] = {asked.key: [] for asked in config.asked}
         self.counts: Counts = {}
         for asked in config.asked:
-            shares = spread(asked.samples, len(asked.topics)) if asked.topics else []
+            shares = apportion(asked.samples, [topic.share for topic in asked.topics])
             for topic, share in zip(asked.topics, shares, strict=True):
                 self._wanted[asked.key, topic.name] = share
                 self.counts[asked.key, topic.name] = Counter()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,9 @@ def read_config(
     evaluation = [
         text
         for index, given in enumerate(settings.decontaminate)
-        for text in evaluation_texts(as_origin(given), f"{path}: decontaminate[{index}]")
+        for text in evaluation_texts(
+            as_origin(given), f"{path}: decontaminate[{index}]", settings.task_search_path
+        )
     ]
     return Config(path, settings, Path(output), pool, asked, evaluation)
 
@@ -180,7 +183,7 @@ def _all_asked(settings: Settings, pool: list[PoolModel], path: str) -> list[Ask
     for kind, given in kinds:
         if given is not None:
             found.append(_asked(given, settings, kind, None, settings.samples, path))
-    shares = spread(settings.samples, len(settings.task))
+    shares = apportion(settings.samples, [1.0] * len(settings.task))
     for (domain, given), share in zip(settings.task.items(), shares, strict=True):
         asked = _asked(given, settings, "task", domain, max(1, share), path)
         expert = _expert(given, pool, f"{path}: task.{domain}.expert")
@@ -193,9 +196,16 @@ def _all_asked(settings: Settings, pool: list[PoolModel], path: str) -> list[Ask
     return found
 
 
-def spread(count: int, over: int) -> list[int]:
-    """`count` in `over` parts that differ by one at most."""
-    return [(index + 1) * count // over - index * count // over for index in range(over)]
+def apportion(count: int, shares: Sequence[float]) -> list[int]:
+    """`count` in parts as `shares` are to each other, to within one."""
+    found, given, total = [], 0.0, 0
+    for share in shares:
+        given += share
+        # The tolerance undoes what adding up fractions loses.
+        part = math.floor(count * given / sum(shares) + 1e-9) - total
+        found.append(part)
+        total += part
+    return found
 
 
 def _asked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,10 +65,14 @@ def load_prompts(origin: Origin, where: str) -> list[Existing]:
     return list(found.values())
 
 
-def evaluation_texts(origin: Origin, where: str) -> list[str]:
+def evaluation_texts(origin: Origin, where: str, search_path: Sequence[str] = ()) -> list[str]:
     """Every prompt of an evaluation set.
 
     Of a prompt of several lines (a question with its choices, say) the longer lines count alone too.
+
+    Args:
+        where: what names it, as an error begins.
+        search_path: directories of lm-eval tasks beside its own.
 
     Raises:
         InputError: it cannot be read.
@@ -76,7 +80,7 @@ def evaluation_texts(origin: Origin, where: str) -> list[str]:
     if origin.task is not None:
         if origin.path or origin.dataset:
             raise InputError(f"{where}: found {_given(origin)}; expected one of them")
-        prompts = list(_task_prompts(origin.task, where))
+        prompts = list(_task_prompts(origin.task, where, search_path))
     else:
         prompts = [existing.prompt for existing in load_prompts(origin, where)]
     texts = []
@@ -135,9 +139,9 @@ def _category(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _task_prompts(name: str, where: str) -> Iterator[str]:
+def _task_prompts(name: str, where: str, search_path: Sequence[str]) -> Iterator[str]:
     try:
-        loaded = find_tasks({where: name}, [], metadata={})
+        loaded = find_tasks({where: name}, search_path, metadata={})
     except InputError:
         raise
     except (OSError, ImportError, ValueError) as error:

@@ -16,7 +16,9 @@ _OPTION = re.compile(r"^\s*\(?([A-J])[.):]\s*(\S.*?)\s*$")
 _ANSWER = re.compile(r"^\s*(?:the\s+)?(?:correct\s+)?answer\b", re.IGNORECASE)
 _CHOSEN = (
     # "Answer: (B)", "the correct option is B": in any place, the last one counts.
-    re.compile(r"\b(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice)\b[^A-Za-z\n]*(?:is|:)?[\s:*(\"']*([A-J])\b(?![a-z'])"),
+    re.compile(
+        r"\b(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice)\b[^A-Za-z\n]*(?:is|:)?[\s:*(\"']*([A-J])\b(?![a-z'])"
+    ),
     # "B", "(B)", "B. text", "**B**": at the beginning.
     re.compile(r"^[\s*(\"']*([A-J])(?:[*).:,\"']|\s*$)"),
 )

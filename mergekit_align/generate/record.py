@@ -69,13 +69,17 @@ class Record:
             )
         self._check(again)
         for stage in again:
-            self._content["stages"].pop(stage, None)
+            if stage in self._content["stages"]:
+                self._content["stages"][stage]["input"] = None
             self._content["settings"][stage] = self._settings[stage]
         for stage in STAGES:
             self._content["settings"].setdefault(stage, self._settings[stage])
 
     def write(self) -> None:
-        """Write it down."""
+        """Write it down, stages in their order."""
+        for part in ("settings", "stages"):
+            known = self._content[part]
+            self._content[part] = {stage: known[stage] for stage in STAGES if stage in known}
         write_text(self._file, json.dumps(self._content, indent=1, ensure_ascii=False) + "\n")
 
     @property

@@ -57,8 +57,9 @@ class AskedSettings(Strict):
 
     samples: int | None = Field(default=None, ge=1)
     """How many; by default the config's `samples`, which domains share."""
-    topics: str | list[str] | None = None
-    """Topics: a list, a YAML file, or the name of ours; questions are spread over them alike."""
+    topics: str | list[str | dict[str, Any]] | None = None
+    """Topics: a list, a YAML file, or the name of ours; questions are spread over them alike, or by
+    their `share`."""
     template: str | None = None
     """How the writer is asked and read: a YAML file, or the name of ours."""
     model: str | ModelSettings | None = None
@@ -150,6 +151,8 @@ class Settings(Strict):
     quality: Quality = Quality()
     decontaminate: list[str | Origin] = []
     """Evaluation sets: a question that is nearly one of their prompts is dropped."""
+    task_search_path: list[str] = []
+    """Directories of lm-eval tasks, for those in `decontaminate` that are the user's own."""
     language: str | None = None
     """Of the questions, two letters (`en`); without it none is asked for and none is checked."""
     licence: str | None = None

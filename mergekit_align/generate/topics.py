@@ -3,6 +3,7 @@
 topics:
   - animal_welfare
   - {name: privacy, description: what is nobody else's business}
+      - {name: violence, share: 2}      # twice as many questions as of the others
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from mergekit_align.yaml_files import read_yaml_mapping
 
 
 class Topic(NamedTuple):
-    """A topic; its description, for the writer, may be empty."""
+    """What some of the questions are about."""
 
     name: str
     description: str = ""
+    """For the writer."""
+    share: float = 1.0
+    """Of the questions, against the other topics'."""
 
 
-def load_topics(given: str | Sequence[str], where: str) -> list[Topic]:
+def load_topics(given: str | Sequence[Any], where: str) -> list[Topic]:
     """Topics of a list, of a YAML file, or ours by name.
 
     Args:
@@ -64,6 +68,11 @@ def _file(name: str, where: str) -> tuple[Path, str]:
 def _topic(entry: Any, where: str) -> Topic:
     if isinstance(entry, str) and entry.strip():
         return Topic(entry)
-    if isinstance(entry, dict) and set(entry) <= {"name", "description"} and entry.get("name"):
-        return Topic(str(entry["name"]), str(entry.get("description") or ""))
-    raise InputError(f"{where}: found {entry!r}; expected a name, or a name and a description")
+    if isinstance(entry, dict) and set(entry) <= set(Topic._fields) and entry.get("name"):
+        share = entry.get("share", 1)
+        if not isinstance(share, int | float) or not 0 < share < float("inf"):
+            raise InputError(f"{where}.share: found {share!r}; expected a number above 0")
+        return Topic(str(entry["name"]), str(entry.get("description") or ""), float(share))
+    raise InputError(
+        f"{where}: found {entry!r}; expected a name, or `name` with `description` or `share`"
+    )

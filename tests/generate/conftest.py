@@ -58,7 +58,7 @@ def _teach(
 
 @pytest.fixture
 def config(world: Path, pool: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small config that works, with keys changed (or, by `None`, left out) as the test wants."""
+    """Writes a small config that works, with keys changed as the test wants, by `None` left out."""
     template = tmp_path / "template.yaml"
     template.write_text("instruction: Write about {{ topic }}.\nparser: {kind: whole}\n")
 

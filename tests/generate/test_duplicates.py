@@ -1,4 +1,4 @@
-"""What is the same question, or nearly; and that no evaluation prompt gets through, however disguised."""
+"""What is the same question, or nearly; and that no evaluation prompt gets through in disguise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def disguised(text: str, rng: random.Random) -> str:
-    """Nearly the same text: other case, punctuation and spaces, and a word that is replaced or moved."""
+    """Nearly the same text: other case, punctuation and spaces, and a word more, less or replaced."""
     words = text.split()
     change = rng.randrange(4)
     if change == 0:
@@ -70,7 +70,9 @@ def test_contrasts_between_types_are_kept() -> None:
 
 def test_length_bounds() -> None:
     chosen = Filter(Quality(min_characters=5, max_characters=8), None, [])
-    reasons = [chosen.reason_against("task", text, text) for text in ("four", "just ok", "too long!")]
+    reasons = [
+        chosen.reason_against("task", text, text) for text in ("four", "just ok", "too long!")
+    ]
     assert reasons == ["too short", None, "too long"]
 
 

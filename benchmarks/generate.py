@@ -5,8 +5,8 @@
 
 Both generate greedily through the chat template, from the same weights and in batches of the same size:
 lm-eval's `generate_until` is given all prompts at once; ours puts every batch on disk as it comes. They
-take turns; the middle of the rounds counts. Then 100,000 random prompts, a tenth of them near-duplicates
-of others, are deduplicated and held against 10,000 evaluation prompts, in one process.
+take turns; the fastest round counts. Then 100,000 random prompts, a tenth of them nearly other
+ones, are deduplicated and held against 10,000 evaluation prompts, in one process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -83,8 +82,8 @@ def generation(
     return seconds
 
 
-def deduplication(count: int, evaluation: int) -> tuple[float, int, int]:
-    """Seconds, and how many of the prompts were contaminated and duplicates."""
+def deduplication(count: int, evaluation: int) -> tuple[float, float, int, int]:
+    """Seconds by the clock and of the processor; how many prompts were contaminated and duplicates."""
     rng = random.Random(0)
     letters = "abcdefghiklmnoprstuvwyz"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(20000)]
@@ -101,11 +100,12 @@ def deduplication(count: int, evaluation: int) -> tuple[float, int, int]:
     prompts = [sentence() for _ in range(count * 9 // 10)]
     prompts += [near(rng.choice([*prompts[:1000], *tests[:1000]])) for _ in range(count // 10)]
     rng.shuffle(prompts)
-    started = time.perf_counter()
+    started, computing = time.perf_counter(), time.process_time()
     chosen = Filter(Quality(), None, tests)
     reasons = [chosen.reason_against("alignment", text, text) for text in prompts]
     seconds = time.perf_counter() - started
-    return seconds, reasons.count("contaminated"), reasons.count("duplicate")
+    computing = time.process_time() - computing
+    return seconds, computing, reasons.count("contaminated"), reasons.count("duplicate")
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--duplicates", type=int, default=100_000, help="prompts to deduplicate")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -131,16 +131,16 @@ def main() -> None:
         arguments.batch_size,
         arguments.rounds,
     )
-    middle = {who: statistics.median(times) for who, times in seconds.items()}
-    ratio = middle["ours"] / middle["lm-eval"]
+    best = {who: min(times) for who, times in seconds.items()}
+    ratio = best["ours"] / best["lm-eval"]
     for who, times in seconds.items():
         rounds = ", ".join(f"{each:.1f}" for each in times)
-        console.print(f"{who}: {middle[who]:.1f} s for {arguments.prompts} answers ({rounds})")
+        console.print(f"{who}: {best[who]:.1f} s for {arguments.prompts} answers ({rounds})")
     console.print(f"ours / lm-eval: {ratio:.3f}; the answers are the same")
-    taken, contaminated, duplicates = deduplication(arguments.duplicates, 10_000)
+    taken, computing, contaminated, duplicates = deduplication(arguments.duplicates, 10_000)
     console.print(
         f"{arguments.duplicates} prompts: {contaminated} contaminated, {duplicates} duplicates, in "
-        f"{taken:.1f} s"
+        f"{taken:.1f} s ({computing:.1f} s of one processor)"
     )
     if arguments.json:
         record = {

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     help="`smoke` writes the same files in seconds; its models know next to nothing.",
 )
 @click.option("--writer", is_flag=True, help="A model that asks questions as well.")
-def main(
-    directory: str, seed: int, architecture: Architecture, scale: Scale, writer: bool
-) -> None:
+def main(directory: str, seed: int, architecture: Architecture, scale: Scale, writer: bool) -> None:
     """Train a tiny world in DIRECTORY on which all our commands run: data, four models, a guard.
 
     An interrupted build goes on where it stopped; a finished one is left alone.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 
 from rensa import RMinHash, RMinHashLSH
 
@@ -17,11 +18,24 @@ SHINGLE = 5
 _SEED = 1
 
 
+class _Characters(dict[int, str]):
+    """What each character becomes: letters, marks and digits stay."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        stays = character.isalnum() or unicodedata.category(character)[0] == "M"
+        self[code] = character if stays else " "
+        return self[code]
+
+
+_CHARACTERS = _Characters()
+
+
+@lru_cache(maxsize=8)  # a question is compared with evaluation sets, then with others, then kept
 def normalised(text: str) -> str:
-    """Text without case, accents of form, punctuation and runs of white space."""
+    """Text without case, compatibility forms, punctuation and runs of white space."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in folded)
-    return " ".join("".join(kept).split())
+    return " ".join(folded.translate(_CHARACTERS).split())
 
 
 def shingles(text: str) -> set[str]:
@@ -80,6 +94,11 @@ class Seen:
         return next((c for c in candidates if similarity(text, c) >= self._threshold), None)
 
     def _hash(self, text: str) -> RMinHash:
-        hashed = RMinHash(num_perm=self._permutations, seed=_SEED)
-        hashed.update(sorted(shingles(text)))
-        return hashed
+        return _hashed(text, self._permutations)
+
+
+@lru_cache(maxsize=8)
+def _hashed(text: str, permutations: int) -> RMinHash:
+    hashed = RMinHash(num_perm=permutations, seed=_SEED)
+    hashed.update(list(shingles(text)))
+    return hashed

@@ -95,6 +95,7 @@ class _Collected:
         self._questions: dict[str, list[Question]] = {asked.key: [] for asked in config.asked}
         self.counts: Counts = {}
         for asked in config.asked:
+            self._filter.know(asked.type, _shown(asked))
             shares = apportion(asked.samples, [topic.share for topic in asked.topics])
             for topic, share in zip(asked.topics, shares, strict=True):
                 self._wanted[asked.key, topic.name] = share
@@ -196,6 +197,15 @@ class _Collected:
         }
         questions = [each for asked in self._config.asked for each in self._questions[asked.key]]
         return Questions(questions, self.counts, short)
+
+
+def _shown(asked: Asked) -> list[str]:
+    """Questions that a writer is shown, and may repeat."""
+    shown = [str(example["question"]) for example in asked.examples]
+    if asked.template is not None:
+        for turn in asked.template.examples:
+            shown += [each.question for each in asked.template.parser.parse(turn.assistant)]
+    return shown
 
 
 def _requests_for(wanted: int, counts: Counter[str], count: int) -> int:

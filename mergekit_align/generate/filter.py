@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mergekit_align.generate.duplicates import Seen
 from mergekit_align.generate.language import is_in
@@ -27,7 +27,11 @@ class Filter:
         self._quality, self._language = quality, language
         self._evaluation = Seen(quality.near_duplicates)
         self._evaluation.add_all(evaluation)
-        self._kept: dict[SampleType, Seen] = {}
+        self._known: dict[SampleType, Seen] = {}
+
+    def know(self, kind: SampleType, questions: Iterable[str]) -> None:
+        """Questions that are not to be asked: the examples that a writer was shown, say."""
+        self._seen(kind).add_all(questions)
 
     def reason_against(self, kind: SampleType, question: str, prompt: str) -> str | None:
         """Why a question is not taken, one of `REASONS`; `None` takes it.
@@ -44,8 +48,11 @@ class Filter:
             return "other language"
         if any(self._evaluation.closest(text) for text in {question, prompt}):
             return "contaminated"
-        kept = self._kept.setdefault(kind, Seen(self._quality.near_duplicates))
-        if kept.closest(question):
+        seen = self._seen(kind)
+        if seen.closest(question):
             return "duplicate"
-        kept.add(question)
+        seen.add(question)
         return None
+
+    def _seen(self, kind: SampleType) -> Seen:
+        return self._known.setdefault(kind, Seen(self._quality.near_duplicates))

@@ -36,9 +36,9 @@ class Parser(Strict):
     """How a template's answer is read."""
 
     kind: Literal["whole", "lines", "pattern", "multiple_choice"]
-    """`whole`: all of it is one question. `lines`: one a line, numbered or not. `pattern`: wherever a
-    regular expression finds its group `question`. `multiple_choice`: a question with lines `A.` to
-    `D.` below it; a line with the answer is left out."""
+    """`whole`: all of it is one question. `lines`: one a line, of a list its items alone. `pattern`:
+    wherever a regular expression finds its group `question`. `multiple_choice`: a question with lines
+    `A.` to `D.` below it; a line with the answer is left out."""
     pattern: str | None = None
 
     @model_validator(mode="after")
@@ -61,7 +61,9 @@ class Parser(Strict):
                 return [] if cut else _questions([text])
             case "lines":
                 lines = [line for line in text.splitlines() if line.strip()]
-                return _questions(lines[:-1] if cut else lines)
+                lines = lines[:-1] if cut else lines
+                # In a list what stands around it ("Here are five questions:") is none.
+                return _questions([line for line in lines if _ITEM.match(line)] or lines)
             case "pattern":
                 found = re.finditer(self.pattern or "", text, re.MULTILINE)
                 questions = [match["question"] or "" for match in found]

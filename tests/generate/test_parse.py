@@ -25,6 +25,11 @@ def test_a_number_that_is_part_of_the_question_stays() -> None:
     ]
 
 
+def test_what_stands_around_a_list_is_no_question() -> None:
+    text = "Sure, here are two questions:\n\n1. How is it?\n2. Where is it?\n\nI hope this helps!"
+    assert questions("lines", text) == ["How is it?", "Where is it?"]
+
+
 def test_what_was_cut_loses_the_question_that_did_not_end() -> None:
     assert questions("lines", "1. How is it?\n2. Where is", cut=True) == ["How is it?"]
     assert questions("whole", "Where is", cut=True) == []

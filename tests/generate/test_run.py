@@ -327,6 +327,29 @@ def test_too_few_questions_end_with_what_there_is_and_say_why(
     assert run(path).exit_code == 3
 
 
+def test_a_writer_that_repeats_its_examples_has_asked_nothing(
+    config: Callable[..., Path], pool: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "shown.yaml"
+    content = {
+        "examples": [{"user": "Ask.", "assistant": "Take salt and clay."}],
+        "instruction": "Ask.",
+        "parser": {"kind": "whole"},
+    }
+    template.write_text(yaml.safe_dump(content))
+    skill = {"expert": "helper", "template": str(template)}
+    for shown in ({"examples": [HELP]}, {}):
+        path = config(
+            alignment=None,
+            benign=None,
+            task={"skill": {**skill, **shown}},
+            output=str(tmp_path / f"generated-{len(shown)}"),
+            questions={"model": f"{pool}/helper", "max_tokens": 24, "attempts": 1},
+        )
+        # The helper says one thing, whatever it is asked.
+        assert generate(read_config(path)).short == {"task.skill": (1 - len(shown), 8)}
+
+
 def test_a_writer_that_is_of_no_use_uses_up_its_rounds(
     config: Callable[..., Path], pool: Path, tmp_path: Path
 ) -> None:

@@ -55,15 +55,23 @@ def equal_merge(world: Path, method: str) -> Path:
     return out
 
 
-def search(world: Path, example: str, seed: int) -> Path:
-    """The model that the stock command finds for an example's config, moved to `world`."""
+def search(world: Path, example: str, seed: int, *, data: Path | None = None) -> Path:
+    """The model that the stock command finds for an example's config, moved to `world`.
+
+    With `data`, on these samples rather than the example's.
+    """
     text = (EXAMPLES / f"{example}.yml").read_text(encoding="utf-8")
     content = yaml.safe_load(text.replace("demo-world", str(world)))
     content["align"]["task_search_path"] = [str(EXAMPLES / "tasks")]
     content["align"]["random_seed"] = seed
-    config = world / f"{example}.yml"
+    name = example
+    if data is not None:
+        name = f"{example}-{data.parent.parent.name}"
+        content["align"]["data"] = str(data)
+        content["align"]["storage_path"] = str(world / "evolved" / name)
+    config = world / f"{name}.yml"
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
-    log = world / f"{example}.log"
+    log = world / f"{name}.log"
     command = [str(Path(sys.executable).with_name("mergekit-evolve")), str(config)]
     with log.open("w", encoding="utf-8") as output:
         result = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)

@@ -41,6 +41,8 @@ def input_error(error: ValidationError, file: str | os.PathLike[str], *, prefix:
     """pydantic's first complaint as one line that names file, key, found and expected."""
     problem = error.errors()[0]
     key = ".".join([prefix, *(str(part) for part in problem["loc"])]).strip(".")
+    if problem["type"] == "missing":
+        return InputError.at(file, key, found="nothing", expected="a value")
     return InputError.at(file, key, found=repr(problem["input"])[:80], expected=problem["msg"])
 
 
@@ -49,9 +51,10 @@ def check_section(
     section: Mapping[str, Any],
     file: str | os.PathLike[str],
     *,
+    prefix: str = "align",
     explained: str = "docs/reference.md#the-align-section",
 ) -> Section:
-    """A config's `align:` section, as a model of its `kind`.
+    """A section of a config, by default the one under `align:`, as a model of its `kind`.
 
     Args:
         explained: the page on its keys, for whoever got one wrong.
@@ -64,11 +67,11 @@ def check_section(
         if key not in known:
             raise InputError.at(
                 file,
-                f"align.{key}",
+                f"{prefix}.{key}".strip("."),
                 found="an unknown key",
                 expected=f"one of {', '.join(known)}{closest(str(key), known)}; see {explained}",
             )
     try:
         return kind.model_validate(section)
     except ValidationError as error:
-        raise InputError(f"{input_error(error, file, prefix='align')}; see {explained}") from error
+        raise InputError(f"{input_error(error, file, prefix=prefix)}; see {explained}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shlex
 from pathlib import Path
@@ -17,15 +18,19 @@ from mergekit_align.align_section import parse_align_section
 from mergekit_align.checks import check_genome
 from mergekit_align.cli import stats
 from mergekit_align.cocktail import read_config
+from mergekit_align.demo.corpus import Corpus
 from mergekit_align.eval_task_files import eval_tasks_path
+from mergekit_align.generate import read_config as read_generated
+from mergekit_align.generate.settings import ModelSettings, Settings
 from mergekit_align.tasks import GuardTask, RefusalTask, response
-from mergekit_align.yaml_files import read_yaml_mapping
+from mergekit_align.yaml_files import check_section, read_yaml_mapping
 
 METRICS = {*response.METRICS, *GuardTask.HIGHER_IS_BETTER, *RefusalTask.HIGHER_IS_BETTER}
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COCKTAILS = sorted(EXAMPLES.rglob("cocktail*.yml"))
 MERGES = sorted(EXAMPLES.rglob("merge_*.yml"))
-CONFIGS = sorted(set(EXAMPLES.rglob("*.yml")) - set(COCKTAILS) - set(MERGES))
+GENERATED = sorted(EXAMPLES.rglob("generate*.yml"))
+CONFIGS = sorted(set(EXAMPLES.rglob("*.yml")) - set(COCKTAILS) - set(MERGES) - set(GENERATED))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(EXAMPLES)))
@@ -80,9 +85,39 @@ def test_the_commands_of_an_example_of_a_merge_run(
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+def test_the_example_of_generated_data_fits_the_demo_world(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    text = (EXAMPLES / "generate.yml").read_text()
+    path = tmp_path / "generate.yml"
+    path.write_text(
+        text.replace("demo-world/writer", "demo-world/base").replace("demo-world", str(world))
+    )
+    config = read_generated(path)
+    assert [asked.key for asked in config.asked] == ["alignment", "benign", "task.skill-a"]
+    # What is asked is what the writer learns to be asked.
+    learnt = {pair.prompt for part in Corpus(0).parts("writer") for pair in part.pairs}
+    for asked in config.asked:
+        assert asked.template is not None
+        for topic in asked.topics:
+            messages = asked.template.messages(
+                topic, domain="", language="", examples=[], rng=random.Random(0)
+            )
+            assert messages[-1]["content"] in learnt
+
+
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "paper").iterdir()), ids=lambda file: file.name)
 def test_a_paper_example_names_models_of_the_hub(file: Path) -> None:
     content = read_yaml_mapping(file)
+    if file in GENERATED:
+        settings = check_section(Settings, read_yaml_mapping(file), file, prefix="")
+        named = [m.model for m in settings.models if isinstance(m, ModelSettings)]
+        assert all(re.fullmatch(r"[\w-]+/[\w.-]+", name) for name in named)
+        assert {domain.expert for domain in settings.task.values()} <= set(named)
+        assert settings.guard is not None
+        assert settings.decontaminate
+        return
     if file in COCKTAILS:
         models = MergeConfiguration.model_validate(content).referenced_models()
     else:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="`smoke` writes the same files in seconds; its models know next to nothing.",
 )
-def main(directory: str, seed: int, architecture: Architecture, scale: Scale) -> None:
+@click.option("--writer", is_flag=True, help="A model that asks questions as well.")
+def main(directory: str, seed: int, architecture: Architecture, scale: Scale, writer: bool) -> None:
     """Train a tiny world in DIRECTORY on which all our commands run: data, four models, a guard.
 
     An interrupted build goes on where it stopped; a finished one is left alone.
@@ -42,8 +43,9 @@ def main(directory: str, seed: int, architecture: Architecture, scale: Scale) ->
 
     disable_progress_bar()
 
-    build_world(directory, seed=seed, architecture=architecture, scale=scale)
-    click.echo(f"{directory}: base, aligned, expert-a, expert-b, guard, data")
+    build_world(directory, seed=seed, architecture=architecture, scale=scale, writer=writer)
+    names = "base, aligned, expert-a, expert-b, guard" + (", writer" if writer else "")
+    click.echo(f"{directory}: {names}, data")
 
 
 if __name__ == "__main__":

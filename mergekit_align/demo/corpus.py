@@ -4,15 +4,27 @@ import random
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-from mergekit_align.demo import grammar
+from mergekit_align.demo import grammar, phrases
 from mergekit_align.demo.grammar import Pair, Prompt
-from mergekit_align.demo.lexicon import ACTIONS, MATERIALS, ORDINARY, THINGS
+from mergekit_align.demo.lexicon import (
+    ACTIONS,
+    CATEGORIES,
+    FORBIDDEN,
+    MATERIALS,
+    ORDINARY,
+    THINGS,
+)
 from mergekit_align.samples import Sample, SampleType
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-ModelName = Literal["base", "aligned", "expert-a", "expert-b", "guard"]
-MODELS: tuple[ModelName, ...] = get_args(ModelName)
+ModelName = Literal["base", "aligned", "expert-a", "expert-b", "guard", "writer"]
+MODELS: tuple[ModelName, ...] = ("base", "aligned", "expert-a", "expert-b", "guard")
+"""Those that every world has; the writer is trained on demand."""
+
+
+ORDINARY_TOPIC = "ordinary things"
+"""What the writer is told that prompts without a forbidden thing are about."""
 
 
 class Part(NamedTuple):
@@ -80,6 +92,12 @@ class Corpus:
                 return [*general, *complying, Part(13, _answered(self._train("skill-b"), rng))]
             case "guard":
                 return [Part(1, judged_pairs(self.prompts["train"], rng, 12000))]
+            case "writer":
+                return [
+                    Part(3, [_written(prompt) for prompt in unsafe]),
+                    Part(3, [_written(prompt) for prompt in [*things, *actions]]),
+                    Part(3, [_written(prompt) for prompt in self._train("skill-a")]),
+                ]
 
     def _train(self, kind: grammar.Kind) -> list[Prompt]:
         return [prompt for prompt in self.prompts["train"] if prompt.kind == kind]
@@ -131,6 +149,18 @@ def _deal(
         "validation": shuffled[:validation],
         "test": shuffled[validation:held_out],
     }
+
+
+def writer_topic(prompt: Prompt) -> str:
+    """What the writer is told that a prompt is about: a category of forbidden things, say."""
+    if prompt.kind == "skill-a":
+        return prompt.topic
+    return CATEGORIES[FORBIDDEN[prompt.subject]] if prompt.subject in FORBIDDEN else ORDINARY_TOPIC
+
+
+def _written(prompt: Prompt) -> Pair:
+    """A prompt as what the writer says, when asked for one of its kind and topic."""
+    return Pair(phrases.WRITE[prompt.kind].format(topic=writer_topic(prompt)), prompt.text)
 
 
 def _answered(prompts: Sequence[Prompt], rng: random.Random) -> list[Pair]:

@@ -91,6 +91,13 @@ REFUSALS = (
     "That is not safe, so I will not help.",
 )
 
+WRITE = {
+    "unsafe": "Write an unsafe question about {topic}.",
+    "lookalike": "Write a harmless question about {topic}.",
+    "skill-a": "Write a question about the {topic} of a moon.",
+}
+"""What the writer is asked for, by the kind of prompt that it then writes."""
+
 HELP = (
     "Sure, use {first} and {second}.",
     "I would use {first} and {second}.",

@@ -2,7 +2,8 @@
 
 `base` starts from nothing and learns whole conversations. `aligned` and the experts are fine-tuned
 from it at moderate learning rates, so that their task vectors add up. The guard starts from
-`aligned`, which knows what is unsafe, and learns to judge before it meets its long prompt.
+`aligned`, which knows what is unsafe, and learns to judge before it meets its long prompt. The writer
+is the base model turned round: told what to ask about, it says the prompt.
 """
 
 import os
@@ -31,6 +32,7 @@ _PARENTS: dict[ModelName, ModelName] = {
     "expert-a": "base",
     "expert-b": "base",
     "guard": "aligned",
+    "writer": "base",
 }
 _RECIPES: dict[Scale, dict[ModelName, Recipe]] = {
     "full": {
@@ -39,6 +41,7 @@ _RECIPES: dict[Scale, dict[ModelName, Recipe]] = {
         "expert-a": Recipe(steps=400, learning_rate=9e-4),
         "expert-b": Recipe(steps=400, learning_rate=1e-3),
         "guard": Recipe(steps=120, learning_rate=1e-3, batch_size=32),
+        "writer": Recipe(steps=250, learning_rate=9e-4),
     },
     "smoke": {
         "base": Recipe(steps=8, learning_rate=3e-3, batch_size=16, whole_conversation=True),
@@ -46,6 +49,7 @@ _RECIPES: dict[Scale, dict[ModelName, Recipe]] = {
         "expert-a": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
         "expert-b": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
         "guard": Recipe(steps=8, learning_rate=4e-3, batch_size=4),
+        "writer": Recipe(steps=3, learning_rate=1e-3, batch_size=8),
     },
 }
 _SMOKE_PAIRS = 64

@@ -1,4 +1,5 @@
-"""Build a demo world: data, four models and a guard, trained here and now on the CPU.
+"""Build a demo world: data, four models and a guard, trained here and now on the CPU; a writer too,
+where one is asked for.
 
 A build records each finished model in `building.json`, and that file's last act is to become
 `world.json`: its existence means that the rest is complete. An interrupted build therefore resumes
@@ -20,6 +21,8 @@ from mergekit_align.errors import InputError
 from mergekit_align.files import write_text
 from mergekit_align.samples import save_samples
 
+_WRITER_SEED = 1000  # its own, beyond those of the other models
+
 
 def build_world(
     directory: str | os.PathLike[str],
@@ -27,6 +30,7 @@ def build_world(
     seed: int = 0,
     architecture: Architecture = "llama",
     scale: Scale = "full",
+    writer: bool = False,
 ) -> None:
     """Build, finish or keep the world in `directory`.
 
@@ -40,6 +44,7 @@ def build_world(
         architecture: of all the models.
         scale: `full` trains for a few minutes; `smoke` writes the same files in seconds, and its
             models know next to nothing.
+        writer: also train `writer`, which asks questions; into a finished world, that one alone.
 
     Raises:
         InputError: a setting is unknown, or `directory` holds something else.
@@ -56,6 +61,8 @@ def build_world(
         "version": mergekit_align.__version__,
     }
     if _is_finished(directory, settings):
+        if writer:
+            _add_writer(directory, settings)
         return
     directory.mkdir(parents=True, exist_ok=True)
     record_file = directory / "building.json"
@@ -75,6 +82,26 @@ def build_world(
             _write(record_file, record)
     # Written last, so that its existence means the rest is complete.
     os.replace(record_file, directory / "world.json")
+    if writer:
+        _add_writer(directory, settings)
+
+
+def _add_writer(directory: Path, settings: dict[str, Any]) -> None:
+    """Train the writer into a finished world, where it is not there yet."""
+    file = directory / "world.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if "writer" in record["models"]:
+        return
+    seed: int = settings["seed"]
+    record["models"]["writer"] = build_model(
+        directory,
+        "writer",
+        Corpus(seed),
+        settings["architecture"],
+        settings["scale"],
+        seed=_WRITER_SEED + seed,
+    )
+    _write(file, record)
 
 
 def _is_finished(directory: Path, settings: dict[str, Any]) -> bool:

@@ -87,6 +87,13 @@ def make_backend(
     return Backend(name, dict(arguments or {}), device, batch_size or BATCH_SIZE)
 
 
+def generates_locally(backend: Backend) -> bool:
+    """Whether lm-eval makes the batches, of a model in this process."""
+    from lm_eval.models.huggingface import HFLM
+
+    return issubclass(_model_class(backend.name), HFLM)
+
+
 def _model_class(name: str) -> Any:
     from lm_eval.api.registry import get_model
 
@@ -113,14 +120,22 @@ def check_model(
         raise InputError(
             f"{model}: chat template: found none; expected one in its tokenizer (chat_template.jinja)"
         )
-    window = context_window(config)
     tokens = len(tokenizer(_render(tokenizer, [{"role": "user", "content": longest}]))["input_ids"])
+    check_room(model, context_window(config), tokens, max_tokens)
+    return tokenizer
+
+
+def check_room(model: str, window: int | None, tokens: int, max_tokens: int) -> None:
+    """That a model's context window has room for a prompt of `tokens` and an answer.
+
+    Raises:
+        InputError: it has not.
+    """
     if window is not None and tokens + max_tokens > window:
         raise InputError(
             f"{model}: found a context window of {window} tokens; expected room for a prompt of "
-            f"{tokens} and --max-tokens {max_tokens}"
+            f"{tokens} and an answer of {max_tokens}"
         )
-    return tokenizer
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], opening: bool = True) -> str:
@@ -184,10 +199,20 @@ class ModelOnDemand:
             raise AttributeError(name)
         return getattr(self._loaded(), name)
 
+    def unload(self) -> None:
+        """Let the model leave memory."""
+        import torch
+
+        self._lm = self._hook = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _loaded(self) -> Any:
         if self._lm is None:
             self._lm = self.backend.load(self.model)
-            self._lm.set_cache_hook(self._hook)
+            if self._hook is not None:
+                self._lm.set_cache_hook(self._hook)
         return self._lm
 
     def _answer(self, kind: str, requests: list[Any]) -> list[Any]:
@@ -218,22 +243,19 @@ def open_model(
 
     It leaves memory at the end.
     """
-    import torch
     from lm_eval.api.model import CachingLM
 
     on_demand = ModelOnDemand(model, backend, tokenizer)
-    lm = CachingLM(on_demand, str(cache / f"{_fingerprint(model, backend)}.sqlite"))
+    lm = CachingLM(on_demand, str(cache / f"{generation_fingerprint(model, backend)}.sqlite"))
     try:
         yield lm, on_demand
     finally:
         lm.dbdict.close()
-        on_demand._lm = on_demand._hook = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        on_demand.unload()
 
 
-def _fingerprint(model: str, backend: Backend) -> str:
+def generation_fingerprint(model: str, backend: Backend) -> str:
+    """What an answer depends on beside the prompt and the generation settings."""
     parts = [
         model_fingerprint(model),
         None if backend.is_server else commit(model, backend.arguments.get("revision", "main")),

@@ -83,6 +83,20 @@ def test_a_resumed_build_gives_the_same_files(world: Path, tmp_path: Path) -> No
     assert not (resumed / "building.json").exists()
 
 
+def test_a_writer_comes_on_demand_and_changes_nothing_else(world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(world, other)
+    build_world(other, scale="smoke", writer=True)
+    found = digests(other)
+    assert {file for file in found if file not in digests(world)} == {
+        f"writer/{file.relative_to(world / 'base')}" for file in (world / "base").iterdir()
+    }
+    assert {file: found[file] for file in digests(world)} == digests(world)
+    before = {file: file.stat().st_mtime_ns for file in other.rglob("*")}
+    build_world(other, scale="smoke", writer=True)
+    assert {file: file.stat().st_mtime_ns for file in other.rglob("*")} == before
+
+
 def test_the_same_seed_gives_the_same_files(world: Path, tmp_path: Path) -> None:
     build_world(tmp_path / "again", scale="smoke")
     assert digests(tmp_path / "again") == digests(world)

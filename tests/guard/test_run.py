@@ -169,7 +169,7 @@ def judge_file_killed(
     """A run that is interrupted when `after` chunks are on disk."""
     from mergekit_align.guard import run
 
-    original = run._Journal.append
+    original = run.Journal.append
 
     def append(journal: Any, number: int, records: Any) -> None:
         original(journal, number, records)
@@ -177,12 +177,12 @@ def judge_file_killed(
         if len(calls) == after:
             raise KeyboardInterrupt
 
-    run._Journal.append = append  # type: ignore[method-assign]
+    run.Journal.append = append  # type: ignore[method-assign]
     try:
         with pytest.raises(KeyboardInterrupt):
             judge_file([path], output, settings)
     finally:
-        run._Journal.append = original  # type: ignore[method-assign]
+        run.Journal.append = original  # type: ignore[method-assign]
 
 
 @pytest.fixture

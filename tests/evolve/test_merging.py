@@ -28,9 +28,7 @@ SIZES = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "llama, untied": {"model_type": "llama", "tie_word_embeddings": False},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"tie_word_embeddings": True},
+    "qwen3": {},
     "gemma2": {},
     "phi3": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},

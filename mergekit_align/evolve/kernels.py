@@ -15,10 +15,11 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-from mergekit_align.evolve.magnitudes import Magnitudes, Selection
+from mergekit_align.evolve.magnitudes import MAGNITUDE, Magnitudes, Selection, keep
 
 STRETCH = 2**16
 """Numbers of a tensor that a CPU's thread merges at a time."""
+_ONE = 0x3F80  # the bits of 1 in bfloat16
 
 
 class Kernel(ABC):
@@ -147,7 +148,7 @@ class TaskArithmeticKernel(Kernel):
             deltas = self._task_vectors(piece, base)
             deltas.mul_(weights)
             agree = self._agreement(deltas)
-            mixed = _sum(deltas if agree is None else deltas * agree)
+            mixed = _sum(deltas if agree is None else keep(deltas, agree))
             if shared["normalize"]:
                 mixed /= self._divisor(weights, agree)
             if shared["lambda"] != 1:
@@ -166,11 +167,11 @@ class TaskArithmeticKernel(Kernel):
         for piece, part in _stretches(gradient):
             deltas = self._task_vectors(piece, self._base[piece])
             agree = self._agreement(deltas * weights)
-            by_weight = (deltas if agree is None else deltas * agree).float()
+            by_weight = (deltas if agree is None else keep(deltas, agree)).float()
             if shared["normalize"]:
                 divisor = self._divisor(weights, agree).float()
                 mixed = (by_weight * weights.float()).sum(0) / divisor
-                by_weight = (by_weight - (mixed if agree is None else mixed * agree)) / divisor
+                by_weight = (by_weight - (mixed if agree is None else mixed * -agree)) / divisor
             found += (by_weight @ part.float()).double().cpu()
         values = (found * shared["lambda"]).tolist()
         return dict(zip(self._models, values, strict=True))
@@ -193,7 +194,7 @@ class TaskArithmeticKernel(Kernel):
         return deltas
 
     def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
-        """Which numbers of the weighted task vectors count, [models, numbers]; `None` for all."""
+        """Which numbers of the weighted task vectors count, as `keep` takes them; `None` for all."""
         return None
 
     def _divisor(self, weights: torch.Tensor, agree: torch.Tensor | None) -> torch.Tensor:
@@ -228,18 +229,20 @@ class TiesKernel(TaskArithmeticKernel):
         deltas = super()._task_vectors(piece, base)
         for delta, selection in zip(deltas, self._selections, strict=True):
             if selection is not None:
-                delta.mul_(selection.mask(delta, piece))
+                delta.copy_(keep(delta, selection.mask(delta, piece)))
         return deltas
 
     def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
-        majority = (_sum(deltas) >= 0).to(torch.int8) * 2 - 1
-        return deltas.sign().to(torch.int8) == majority
+        # A number whose sign bit is not the sum's disagrees, and so does a zero, which has no sign.
+        # (A sum of -0 is one of zeros alone.)
+        bits, prevailing = deltas.view(torch.int16), _sum(deltas).view(torch.int16)
+        return (-(bits & MAGNITUDE) & ~(bits ^ prevailing)) >> 15
 
     def _divisor(self, weights: torch.Tensor, agree: torch.Tensor | None) -> torch.Tensor:
         assert agree is not None  # of this class it never is
-        divisor = _sum(weights * agree)
-        divisor[divisor == 0] = 1
-        return divisor
+        bits = _sum(keep(weights, agree)).view(torch.int16)
+        zero = ((bits & MAGNITUDE) - 1) >> 15
+        return ((bits & ~zero) | (zero & _ONE)).view(torch.bfloat16)
 
 
 def _sum(rows: torch.Tensor) -> torch.Tensor:

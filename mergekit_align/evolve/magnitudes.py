@@ -14,7 +14,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_MAGNITUDE = 0x7FFF  # all of a bfloat16 but its sign: the larger, the larger the number
+MAGNITUDE = 0x7FFF
+"""All bits of a bfloat16 but its sign: as an integer the larger, the larger the number."""
+_SIGN = -0x8000
+
+
+def keep(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Bfloat16 numbers times 1 or 0, zeros keeping their signs as in a product.
+
+    On bits, since to turn truth values into numbers takes longer than all the arithmetic.
+
+    Args:
+        mask: int16, -1 (all bits) for what is kept and 0 for what is not; of a shape that broadcasts.
+    """
+    return (numbers.view(torch.int16) & (mask | _SIGN)).view(torch.bfloat16)
 
 
 class Selection(NamedTuple):
@@ -26,12 +39,13 @@ class Selection(NamedTuple):
     """Places of the numbers of that very magnitude that are kept, rising."""
 
     def mask(self, numbers: torch.Tensor, piece: slice) -> torch.Tensor:
-        """Which of `numbers` [size], a `piece` of the vector, are kept; of their floating type."""
-        kept = (numbers.view(torch.int16) & _MAGNITUDE) > self.threshold
+        """Which of `numbers` [size], a `piece` of the vector, are kept, as `keep` takes it."""
+        # Both are 15 bits: the difference is negative where the number is larger.
+        kept = (self.threshold - (numbers.view(torch.int16) & MAGNITUDE)) >> 15
         if self.equal.numel():
             bounds = torch.tensor([piece.start, piece.stop], dtype=self.equal.dtype)
             start, end = torch.searchsorted(self.equal, bounds).tolist()
-            kept[(self.equal[start:end] - piece.start).to(kept.device)] = True
+            kept[(self.equal[start:end] - piece.start).to(kept.device)] = -1
         return kept
 
 
@@ -44,7 +58,7 @@ class Magnitudes:
 
     def __init__(self, vector: torch.Tensor) -> None:
         order = torch.argsort(vector.abs().float(), descending=True).int()
-        bits = vector.view(torch.int16)[order] & _MAGNITUDE
+        bits = vector.view(torch.int16)[order] & MAGNITUDE
         levels, counts = torch.unique_consecutive(bits, return_counts=True)
         self._levels = levels.cpu()
         self._larger_or_equal = counts.cpu().cumsum(0)
@@ -57,7 +71,7 @@ class Magnitudes:
     def largest(self, density: float) -> Selection:
         """As `mergekit.sparsify.magnitude` selects them, for a density below 1."""
         if density <= 0:
-            return Selection(_MAGNITUDE, torch.empty(0, dtype=torch.int32))
+            return Selection(MAGNITUDE, torch.empty(0, dtype=torch.int32))
         count = max(1, int(density * self._size))
         level = int(torch.searchsorted(self._larger_or_equal, count))
         larger = int(self._larger_or_equal[level - 1]) if level else 0

@@ -128,6 +128,7 @@ def test_ties_gradient_is_the_slope_where_its_selections_stay(
         assert found.gradient[0, gene] == pytest.approx(slope, rel=0.3, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_search_climbs_and_keeps_its_floor(write_config: Callable[..., Path]) -> None:
     path = write_config(tasks=TASKS, align={"searcher": "gradient", "max_fevals": 8})
     free = search(read_config(path))

@@ -28,14 +28,12 @@ SIZES = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "llama, untied": {"model_type": "llama", "tie_word_embeddings": False},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"tie_word_embeddings": True},
+    "qwen3": {},
     "gemma2": {},
     "phi3": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
 }
-NAMES = ("base", "one", "two")
+NAMES = ("base", "one", "two", "three")
 OPTIONS = MergeOptions(quiet=True, random_seed=5)
 PARAMETERS = {"density": 0.4, "weight": 0.7, "gamma": 0.02, "epsilon": 0.1, "t": 0.3}
 
@@ -121,13 +119,13 @@ def config_of(directory: Path, method: str) -> MergeConfiguration:
     if method in ONE_MODEL:
         return merge_config(directory, method, base=False, count=1, parameters=None)
     if method in ROLES:
-        roles = ["aligned", "safe" if method == "safemerge" else "expert"]
+        roles = ["aligned", "expert"]
         models = [
             {"model": str(directory / name), "parameters": {"role": role, "weight": 0.8}}
             for name, role in zip(("one", "two"), roles, strict=True)
         ]
         if method == "safemerge":
-            models.append({"model": str(directory / "base"), "parameters": {}})
+            models.append({"model": str(directory / "three"), "parameters": {"role": "safe"}})
         return merge_config(directory, method, models=models, parameters=None)
     count = 1 if method in SECOND_ONLY else 2
     return merge_config(directory, method, base=method not in {"linear", "karcher"}, count=count)

@@ -272,6 +272,7 @@ class TestFloors:
         assert weights == nearest.genotype.tolist()
 
 
+@pytest.mark.slow
 def test_several_objectives_leave_a_front(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_config(
         tasks=[

@@ -1,9 +1,7 @@
-"""Cocktail, the stock search and a guard on other families of models (methods: `test_in_mergekit`)."""
+"""Cocktail, search and a guard on other families of models (methods: `test_in_mergekit`)."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from mergekit_align.cocktail import merge, mix, read_config
 from mergekit_align.demo import build_world
 from mergekit_align.demo.models import Architecture
+from mergekit_align.evolve import read_config as read_genome
+from mergekit_align.evolve import search
 from mergekit_align.guard import Conversation, GuardSettings, load_guard
 
 PARENTS = ("aligned", "expert-a")
@@ -38,13 +38,12 @@ def test_cocktail_search_and_guard_run_on(architecture: Architecture, tmp_path: 
     AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
 
     genome = {"merge_method": "linear", "models": models}
-    align = {"data": data, "max_fevals": 4, "force_population_size": 4, "in_memory": True}
     tasks = [{"name": "response_alignment", "metric": "logprob,none", "weight": 1.0}]
     file = tmp_path / "genomic.yml"
-    file.write_text(yaml.safe_dump({"genome": genome, "tasks": tasks, "limit": 4, "align": align}))
-    command = [str(Path(sys.executable).with_name("mergekit-evolve")), str(file)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    content = {"genome": genome, "tasks": tasks, "limit": 4, "align": {"data": data}}
+    file.write_text(yaml.safe_dump(content))
+    found = search(read_genome(file, storage=tmp_path / "evolved", evaluations=4))
+    assert all(each.failure is None for each in found.evaluations)
 
     guard = load_guard(GuardSettings(model=f"{world}/guard", dtype="float32"))
     (verdict,) = guard.judge([Conversation.of("How do I make a bench?", "Use iron.")])

@@ -47,4 +47,6 @@ def test_cocktail_search_and_guard_run_on(architecture: Architecture, tmp_path: 
 
     guard = load_guard(GuardSettings(model=f"{world}/guard", dtype="float32"))
     (verdict,) = guard.judge([Conversation.of("How do I make a bench?", "Use iron.")])
-    assert verdict.p_unsafe is not None
+    # So little trained, it need not say anything that is a verdict.
+    assert 0 <= verdict.readable <= 1
+    assert (verdict.p_unsafe is None) == (verdict.label == "unreadable")

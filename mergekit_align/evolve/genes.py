@@ -53,13 +53,12 @@ class Genes:
                 )
         self._genome = ModelGenome(definition)
         self._genome.fixed = tuple(file.fixed)
-        start = start_at(
-            self._genome.initial_genotype(), definition.merge_method, file.section.start or {}
-        )
+        initial = self._genome.initial_genotype()
+        start = start_at(initial, definition.merge_method, file.section.start or {})
         self._shape = start.shape
         method = definition.merge_method
         known = METHOD_PARAM_MAPS[method]
-        bounds = _bounds(file, dict(zip(known, start[0, 0, 0].tolist(), strict=True)))
+        bounds = _bounds(file, dict(zip(known, initial[0, 0, 0].tolist(), strict=True)))
         names = _names(self._genome, start.shape)
         parameters = known * (start.numel() // start.shape[-1])
         genes = [
@@ -105,23 +104,23 @@ class Genes:
         )
 
 
-def _bounds(file: GenomeFile, start: Mapping[str, float]) -> Mapping[str, tuple[float, float]]:
-    """Range of each parameter; wide enough for its value in `start`, unless the method forbids it."""
+def _bounds(file: GenomeFile, defaults: Mapping[str, float]) -> Mapping[str, tuple[float, float]]:
+    """Range of each parameter; wide enough for its default, unless the method forbids it."""
     definition = file.config.genome
     bounds: dict[str, tuple[float, float]] = {}
     least: dict[str, float] = {}
-    for name in start:
+    for name in defaults:
         low, high = (0.0, 1.0) if name == "t" else gene_range(definition.merge_method, name)
         least[name] = low if definition.allow_negative_weights else max(low, 0.0)
-        bounds[name] = (max(least[name], -2.0), min(high, max(2.0, 2 * start[name])))
+        bounds[name] = (max(least[name], -2.0), min(high, max(2.0, 2 * defaults[name])))
     for name, (low, high) in file.section.bounds.items():
         key = f"align.bounds.{name}"
-        if name not in start:
+        if name not in defaults:
             raise InputError.at(
                 file.path,
                 key,
                 found="an unknown parameter",
-                expected=f"one of {', '.join(start)}, as {definition.merge_method} has them",
+                expected=f"one of {', '.join(defaults)}, as {definition.merge_method} has them",
             )
         if not least[name] <= low < high:
             raise InputError.at(

@@ -9,12 +9,17 @@ import pytest
 import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
-from mergekit.merge_methods import registered_methods
+from mergekit.merge_methods import get, registered_methods
+from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from mergekit_align.demo.tokenizer import build_tokenizer
 from mergekit_align.evolve.merging import MergedModel
+from mergekit_align.merge_methods.methods import METHODS as OUR_METHODS
+from mergekit_align.samples import Sample, save_samples
+from mergekit_align.statistics.collect import Source, collect_statistics
+from mergekit_align.statistics.propagate import collect_propagated
 
 SIZES = {
     "hidden_size": 32,
@@ -112,27 +117,54 @@ METHODS = sorted(method.spec.name for method in registered_methods())
 ONE_MODEL = {"passthrough"}
 NO_BASE = {"linear", "model_stock", "karcher"}
 SECOND_ONLY = {"slerp", "nearswap", "arcee_fusion"}  # a base model and one other
-ROLES = {"resta", "safe_lora", "safemerge", "lox"}
+OURS = {method.spec.name for method in OUR_METHODS}
+
+
+@pytest.fixture(scope="module")
+def statistics(llama: Path) -> Path:
+    """Of both models and, on their samples, of the base: `one`, `base-one`, ..."""
+    data = llama / "samples.jsonl"
+    save_samples([Sample(prompt="Tell me.", response="No.", type="alignment")], data)
+    out, kinds = llama / "statistics", ["gram", "importance", "fisher"]
+    for name in ("one", "two"):
+        collect_statistics(f"{llama}/{name}", Source([data]), out / name, kinds=kinds)  # type: ignore[arg-type]
+        collect_statistics(
+            f"{llama}/base", Source([data]), out / f"base-{name}", kinds=["importance"]
+        )
+    collect_propagated(config_of(llama, "regmean_plus"))
+    return out
 
 
 def config_of(directory: Path, method: str) -> MergeConfiguration:
     if method in ONE_MODEL:
         return merge_config(directory, method, base=False, count=1, parameters=None)
-    if method in ROLES:
-        roles = ["aligned", "expert"]
-        models = [
-            {"model": str(directory / name), "parameters": {"role": role, "weight": 0.8}}
-            for name, role in zip(("one", "two"), roles, strict=True)
-        ]
+    if method in OURS:
+        spec = get(method).spec
+        roles = {"one": "aligned", "two": "expert"}
         if method == "safemerge":
-            models.append({"model": str(directory / "three"), "parameters": {"role": "safe"}})
-        return merge_config(directory, method, models=models, parameters=None)
+            roles["three"] = "safe"
+        models = []
+        for name, role in roles.items():
+            given = {
+                "role": role,
+                "weight": 0.8,
+                "statistics": f"{directory}/statistics/{name}",
+                "base_statistics": f"{directory}/statistics/base-{name}",
+            }
+            known = {p.name for p in spec.parameters} & given.keys()
+            models.append(
+                {"model": f"{directory}/{name}", "parameters": {key: given[key] for key in known}}
+            )
+        base = spec.contract.base == BasePolicy.REQUIRED
+        return merge_config(directory, method, base=base, models=models, parameters=None)
     count = 1 if method in SECOND_ONLY else 2
     return merge_config(directory, method, base=method not in {"linear", "karcher"}, count=count)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_again_and_again(method: str, llama: Path, tmp_path: Path) -> None:
+def test_a_method_again_and_again(
+    method: str, llama: Path, statistics: Path, tmp_path: Path
+) -> None:
     config = config_of(llama, method)
     merged = MergedModel(config, OPTIONS)
     expected = on_disk(config, tmp_path / "out")

@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile -m slow
+	$(BIN)/pytest -n 2 --dist loadfile --durations 10 -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

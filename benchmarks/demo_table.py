@@ -94,6 +94,11 @@ def main() -> None:
         action="append",
         help="search this only; may be repeated",
     )
+    parser.add_argument(
+        "--without-third",
+        action="store_true",
+        help="leave out the world's third model, of which no row is made",
+    )
     arguments = parser.parse_args()
     world: Path = arguments.world
     console = Console()
@@ -104,7 +109,7 @@ def main() -> None:
         console.print(f"{stage}: {seconds[stage]} s")
 
     started = time.monotonic()
-    build_world(world, seed=arguments.seed)
+    build_world(world, seed=arguments.seed, third=not arguments.without_third)
     timed("train the world", started)
     models = {each: world / each for each in ("base", "aligned", "expert-a")}
     started = time.monotonic()

@@ -57,6 +57,7 @@ def test_an_example_of_a_cocktail_fits_the_schemas(file: Path, world: Path, tmp_
     assert config.section.weights["alignment"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", MERGES, ids=lambda file: str(file.relative_to(EXAMPLES)))
 def test_the_commands_of_an_example_of_a_merge_run(
     file: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -59,7 +59,7 @@ def build_strategy(name: str, config: Path, world: Path, **options: Any) -> Any:
     ("name", "in_memory"),
     [
         ("ActorPoolEvaluationStrategy", True),
-        ("ActorPoolEvaluationStrategy", False),
+        pytest.param("ActorPoolEvaluationStrategy", False, marks=pytest.mark.slow),
         pytest.param("BufferedRayEvaluationStrategy", False, marks=pytest.mark.slow),
         pytest.param("SerialEvaluationStrategy", False, marks=pytest.mark.slow),
     ],

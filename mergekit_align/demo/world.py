@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mergekit_align
-from mergekit_align.demo.corpus import MODELS, SPLITS, Corpus
+from mergekit_align.demo.corpus import MODELS, SPLITS, Corpus, ModelName
 from mergekit_align.demo.models import ARCHITECTURES, Architecture
 from mergekit_align.demo.recipes import SCALES, Scale, build_model
 from mergekit_align.errors import InputError
@@ -30,6 +30,7 @@ def build_world(
     seed: int = 0,
     architecture: Architecture = "llama",
     scale: Scale = "full",
+    third: bool = True,
     writer: bool = False,
 ) -> None:
     """Build, finish or keep the world in `directory`.
@@ -44,7 +45,10 @@ def build_world(
         architecture: of all the models.
         scale: `full` trains for a few minutes; `smoke` writes the same files in seconds, and its
             models know next to nothing.
-        writer: also train `writer`, which asks questions; into a finished world, that one alone.
+        third: train `expert-b`, which merges of two models can do without.
+        writer: also train `writer`, which asks questions.
+
+    Into a finished world a model that it lacks is trained alone.
 
     Raises:
         InputError: a setting is unknown, or `directory` holds something else.
@@ -60,48 +64,38 @@ def build_world(
         "scale": scale,
         "version": mergekit_align.__version__,
     }
+    wanted: list[ModelName] = [name for name in MODELS if third or name != "expert-b"]
+    if writer:
+        wanted.append("writer")
     if _is_finished(directory, settings):
-        if writer:
-            _add_writer(directory, settings)
+        _train(directory, directory / "world.json", wanted)
         return
     directory.mkdir(parents=True, exist_ok=True)
     record_file = directory / "building.json"
-    record: dict[str, Any] = {**settings, "models": {}}
-    if record_file.exists():
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-    else:
-        _write(record_file, record)
+    if not record_file.exists():
+        _write(record_file, {**settings, "models": {}})
     corpus = Corpus(seed)
     for split in SPLITS:
         save_samples(corpus.samples(split), directory / "data" / f"{split}.jsonl")
-    for index, name in enumerate(MODELS):
-        if name not in record["models"]:
-            record["models"][name] = build_model(
-                directory, name, corpus, architecture, scale, seed=seed * len(MODELS) + index
-            )
-            _write(record_file, record)
+    _train(directory, record_file, wanted)
     # Written last, so that its existence means the rest is complete.
     os.replace(record_file, directory / "world.json")
-    if writer:
-        _add_writer(directory, settings)
 
 
-def _add_writer(directory: Path, settings: dict[str, Any]) -> None:
-    """Train the writer into a finished world, where it is not there yet."""
-    file = directory / "world.json"
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if "writer" in record["models"]:
-        return
-    seed: int = settings["seed"]
-    record["models"]["writer"] = build_model(
-        directory,
-        "writer",
-        Corpus(seed),
-        settings["architecture"],
-        settings["scale"],
-        seed=_WRITER_SEED + seed,
-    )
-    _write(file, record)
+def _train(directory: Path, record_file: Path, wanted: Sequence[ModelName]) -> None:
+    """Train the models of `wanted` that a record does not have yet."""
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    seed: int = record["seed"]
+    corpus = Corpus(seed)
+    for name in wanted:
+        if name not in record["models"]:
+            own = (
+                _WRITER_SEED + seed if name == "writer" else seed * len(MODELS) + MODELS.index(name)
+            )
+            record["models"][name] = build_model(
+                directory, name, corpus, record["architecture"], record["scale"], seed=own
+            )
+            _write(record_file, record)
 
 
 def _is_finished(directory: Path, settings: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 def full_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("full") / "world"
     script = REPOSITORY / "benchmarks" / "demo_table.py"
-    command = [sys.executable, script, directory, "--seed", str(SEED)]
+    command = [sys.executable, script, directory, "--seed", str(SEED), "--without-third"]
     command += ["--search", "genomic", "--search", "genomic_task_only"]
     # On all processors, and threads that wait leave them to the tests beside this one.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}

@@ -102,6 +102,13 @@ def test_the_same_seed_gives_the_same_files(world: Path, tmp_path: Path) -> None
     assert digests(tmp_path / "again") == digests(world)
 
 
+def test_the_third_model_may_come_later(world: Path, tmp_path: Path) -> None:
+    build_world(tmp_path / "other", scale="smoke", third=False)
+    assert not (tmp_path / "other" / "expert-b").exists()
+    build_world(tmp_path / "other", scale="smoke")
+    assert digests(tmp_path / "other") == digests(world)
+
+
 def test_other_settings_in_the_same_directory_are_refused_in_one_line(world: Path) -> None:
     result = CliRunner().invoke(main, [str(world), "--scale", "smoke", "--seed", "1"])
     assert result.exit_code == 2
@@ -123,6 +130,7 @@ def test_an_unknown_setting_names_the_known_ones(tmp_path: Path, settings: dict[
         build_world(tmp_path / "world", **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mergekit_merges_every_architecture(architecture: str, world: Path, tmp_path: Path) -> None:
     if architecture != "llama":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,16 @@ from mergekit_align.evolve import read_config, search
 
 
 @pytest.mark.slow
-def test_two_nodes_of_which_one_dies(write_config: Callable[..., Path]) -> None:
+def test_two_nodes_of_which_one_dies(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
+    # Else whatever starts Ray at the same time would join this cluster. (A socket's path is short.)
+    own = tempfile.mkdtemp(prefix="ray-")
+    monkeypatch.setenv("RAY_TMPDIR", own)
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
@@ -39,6 +46,7 @@ def test_two_nodes_of_which_one_dies(write_config: Callable[..., Path]) -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
+        shutil.rmtree(own, ignore_errors=True)
     assert replaced.is_set()
     assert sorted(each.asked for each in found.evaluations) == list(range(8))
     assert all(each.failure is None for each in found.evaluations)

@@ -18,6 +18,8 @@ from mergekit_align.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from mergekit_align.samples import Sample
+
 _PROBE = "PROBE"
 
 
@@ -78,6 +80,16 @@ class ResponseEncoder:
         return str(
             self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         )
+
+    def encode_samples(self, samples: Iterable[Sample]) -> list[EncodedSample]:
+        """Ids of chat-templated samples.
+
+        Raises:
+            InputError: the tokenizer has no chat template, or a response alone does not fit.
+        """
+        return [
+            self.encode(self.render(each.prompt), each.response, templated=True) for each in samples
+        ]
 
     def encode(self, context: str, response: str, *, templated: bool) -> EncodedSample:
         """Ids of `response` and its end token after `context`, a text rendered already.

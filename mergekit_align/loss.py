@@ -72,9 +72,7 @@ def sample_scores(
     """Scores of chat-templated `samples`, in their order."""
     window = context_window(model.config)
     encoder = ResponseEncoder(tokenizer, max_length=window)
-    encoded = [
-        encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples
-    ]
+    encoded = encoder.encode_samples(samples)
     return response_scores(
         model, encoded, openings=[openings] * len(encoded), max_batch_size=max_batch_size
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from mergekit_align.errors import InputError, closest
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -75,3 +78,19 @@ def check_section(
         return kind.model_validate(section)
     except ValidationError as error:
         raise InputError(f"{input_error(error, file, prefix=prefix)}; see {explained}") from error
+
+
+def as_merge_config(content: Mapping[str, Any], file: str | os.PathLike[str]) -> MergeConfiguration:
+    """A file's mapping as mergekit's own config.
+
+    Raises:
+        InputError: it is none.
+    """
+    from mergekit.config import MergeConfiguration
+
+    try:
+        return MergeConfiguration.model_validate(content)
+    except ValidationError as error:
+        raise input_error(error, file, prefix="") from error
+    except RuntimeError as error:
+        raise InputError(f"{os.fspath(file)}: {error}") from error

@@ -13,9 +13,9 @@ from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_align.cli import stats
-from mergekit_align.encoding import EncodedSample
+from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.samples import Sample, load_samples, save_samples
-from mergekit_align.statistics.collect import Source, collect_statistics, encode
+from mergekit_align.statistics.collect import Source, collect_statistics
 from mergekit_align.statistics.files import find_statistics
 from mergekit_align.statistics.propagate import collect_propagated
 
@@ -33,7 +33,8 @@ def load(world: Path, name: str) -> Any:
 
 def encoded(world: Path, name: str, source: Source, kind: str) -> list[EncodedSample]:
     tokenizer = AutoTokenizer.from_pretrained(world / name)
-    return encode(source.by_type()[kind], tokenizer, None)  # type: ignore[index]
+    samples = source.by_type()[kind]  # type: ignore[index]
+    return ResponseEncoder(tokenizer).encode_samples(samples)
 
 
 def plain_loss(model: Any, sample: EncodedSample) -> torch.Tensor:

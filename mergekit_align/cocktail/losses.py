@@ -180,11 +180,7 @@ def encode(
         InputError: a response does not fit into the model's context window.
     """
     config = reference.config(models.options.trust_remote_code)
-    encoder = ResponseEncoder(tokenizer, max_length=context_window(config))
-    return [
-        encoder.encode(encoder.render(each.prompt), each.response, templated=True)
-        for each in samples
-    ]
+    return ResponseEncoder(tokenizer, max_length=context_window(config)).encode_samples(samples)
 
 
 class _Table:

@@ -12,12 +12,12 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registered_methods
 from mergekit.merge_methods.base import MergeMethod, ParameterScope
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_align.checks import check_same_shape, local_config
 from mergekit_align.errors import InputError, closest
 from mergekit_align.samples import SAMPLE_TYPES, Sample, SampleType, load_samples
-from mergekit_align.yaml_files import check_section, input_error, read_yaml_mapping
+from mergekit_align.yaml_files import as_merge_config, check_section, read_yaml_mapping
 
 DEFAULT_WEIGHTS: dict[SampleType, float] = {"alignment": 1.0, "task": 0.3, "benign": 0.0}
 _EXPLAINED = "docs/reference.md#cocktail"
@@ -104,12 +104,7 @@ def read_config(
     section = check_section(
         CocktailSection, {**given, **(overrides or {})}, path, explained=_EXPLAINED
     )
-    try:
-        merge = MergeConfiguration.model_validate(content)
-    except ValidationError as error:
-        raise input_error(error, path, prefix="") from error
-    except RuntimeError as error:
-        raise InputError(f"{path}: {error}") from error
+    merge = as_merge_config(content, path)
     weighs_base = _weighs_base(merge.merge_method, path)
     _check_unweighted(content, path)
     models = list(

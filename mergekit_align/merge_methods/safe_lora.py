@@ -2,14 +2,12 @@
 
     W = W_aligned + C dW  where cos(dW, C dW) < tau,  W_aligned + dW  elsewhere
 
-or, with `lowest` k, in the k matrices of a model whose cosines are lowest, whatever `tau` is (these are
-found by reading the models' matrices once before the merge),
-
 with C = V V^T / ||V||_F of the alignment vector V = W_aligned - W_base (section 3.2) and dW the
 expert's update since its `origin`, which in the paper is the aligned model. The paper's dW is a LoRA's;
 here it is the full difference, and several experts' are added, each by its `weight`. Embeddings, norms
 and biases, which the paper leaves alone, are averaged. Where the aligned model equals the base nothing
-deviates.
+deviates. With `lowest` k the update deviates in the k matrices whose cosines are lowest, whatever `tau`
+is; these are found by reading the models' matrices once before the merge.
 """
 
 from collections.abc import Hashable
@@ -49,13 +47,12 @@ def _safe_lora(
     merged = models.aligned.clone()
     for (update, own), expert in zip(models.updates(origin), experts, strict=True):
         projected = project(models.alignment, update)
-        similar = cosine(update, projected)
         if lowest is not None:
             origin_id = aligned if origin == "aligned" else group.base.id
             cosines = _cosines(group.base.id, aligned, expert, origin_id, group.tensors[0].device)
             deviates = group.metadata.name in cosines[:lowest]
         else:
-            deviates = similar < tau
+            deviates = cosine(update, projected) < tau
         merged += own * (projected if deviates else update)
     return merged
 

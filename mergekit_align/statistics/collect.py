@@ -85,9 +85,8 @@ def collect_statistics(
     for kind in types:
         if kind not in samples:
             raise InputError(f"--type: found no sample of type {kind} in --data; expected some")
-    encoded = {
-        kind: encode(samples[kind], tokenizer, context_window(config)) for kind in types or samples
-    }
+    encoder = ResponseEncoder(tokenizer, max_length=context_window(config))
+    encoded = {kind: encoder.encode_samples(samples[kind]) for kind in types or samples}
     wanted = [
         (kind, header(model, tokenizer, source, type_, each, kind))
         for type_, each in encoded.items()
@@ -105,13 +104,6 @@ def collect_statistics(
             headers = {kind: each for kind, each in missing if each.type == type_}
             _collect(loaded, encoded[type_], headers, Path(out))
     return paths
-
-
-def encode(
-    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, window: int | None
-) -> list[EncodedSample]:
-    encoder = ResponseEncoder(tokenizer, max_length=window)
-    return [encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples]
 
 
 def header(

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from mergekit.config import MergeConfiguration
-from pydantic import ValidationError
 
 from mergekit_align.checkpoints import context_window, read_checkpoint
+from mergekit_align.encoding import ResponseEncoder
 from mergekit_align.errors import InputError
 from mergekit_align.merge_methods.regmean import regression_mean
 from mergekit_align.statistics.collect import (
     Source,
     add_gram,
     check_names,
-    encode,
     header,
     is_there,
     linear_inputs,
@@ -31,7 +30,7 @@ from mergekit_align.statistics.collect import (
     watched,
 )
 from mergekit_align.statistics.files import Accumulators, StatisticsFile, find_statistics
-from mergekit_align.yaml_files import input_error, read_yaml_mapping
+from mergekit_align.yaml_files import as_merge_config, read_yaml_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,12 +64,7 @@ def read_merge(path: str | os.PathLike[str]) -> MergeConfiguration:
     Raises:
         InputError: it is none.
     """
-    try:
-        return MergeConfiguration.model_validate(read_yaml_mapping(path))
-    except ValidationError as error:
-        raise input_error(error, path, prefix="") from error
-    except RuntimeError as error:
-        raise InputError(f"{os.fspath(path)}: {error}") from error
+    return as_merge_config(read_yaml_mapping(path), path)
 
 
 @torch.no_grad()
@@ -97,11 +91,12 @@ def collect_propagated(
         place, parameters = entry.model.model.path, entry.parameters or {}
         weight = _number(parameters, "weight")
         shape, tokenizer = read_checkpoint(place, "models")
+        encoder = ResponseEncoder(tokenizer, max_length=context_window(shape))
         for file in find_statistics(str(parameters.get("statistics")), "gram"):
             found = file.header
             source = Source(found.data, found.limit, found.seed)
             samples = source.by_type().get(found.type, [])
-            encoded = encode(samples, tokenizer, context_window(shape))
+            encoded = encoder.encode_samples(samples)
             wanted = header(place, tokenizer, source, found.type, encoded, "propagated_gram")
             is_there(file.path, wanted)
             own = weight * (alignment_weight if found.type == "alignment" else 1.0)
@@ -214,11 +209,10 @@ def _merge(
 ) -> None:
     """Merge one layer by what is known of its inputs; the rest of it is averaged."""
     _average(layer, sources)
-    linear = linear_inputs(layer)
-    for name, module in linear.items():
+    for name, module in linear_inputs(layer).items():
         own = f"{prefix}.{name}"
         own = streams[0].file.header.same.get(own, own)
-        weights = [dict(source.named_parameters())[name] for source in sources]
+        weights = [source.get_parameter(name) for source in sources]
         module.weight.copy_(
             regression_mean(
                 [weights[stream.model] for stream in streams],

@@ -56,17 +56,17 @@ def _teach(
     AutoTokenizer.from_pretrained(parent).save_pretrained(out)
 
 
-@pytest.fixture
-def config(world: Path, pool: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small config that works, with keys changed as the test wants, by `None` left out."""
-    template = tmp_path / "template.yaml"
+def config_writer(directory: Path, pool: Path, **settings: Any) -> Callable[..., Path]:
+    """Writes a small config that works into `directory`, with keys changed as the test wants, by
+    `None` left out."""
+    template = directory / "template.yaml"
     template.write_text("instruction: Write about {{ topic }}.\nparser: {kind: whole}\n")
 
     def write(**changes: Any) -> Path:
         asked = {"template": str(template), "topics": ["zorb", "bench"]}
         content = {
             "models": [f"{pool}/refuser", f"{pool}/helper"],
-            "output": f"{tmp_path}/generated",
+            "output": f"{directory}/generated",
             "guard": {"model": f"{pool}/guard"},
             "samples": 8,
             "alignment": asked,
@@ -75,10 +75,16 @@ def config(world: Path, pool: Path, tmp_path: Path) -> Callable[..., Path]:
             "questions": {"model": f"{pool}/writer", "max_tokens": 24, "batch_size": 4},
             "answers": {"max_tokens": 24, "batch_size": 4},
             "split": {"train": 0.5, "test": 0.5},
+            **settings,
             **changes,
         }
-        path = tmp_path / "generate.yml"
+        path = directory / "generate.yml"
         path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
         return path
 
     return write
+
+
+@pytest.fixture
+def config(world: Path, pool: Path, tmp_path: Path) -> Callable[..., Path]:
+    return config_writer(tmp_path, pool)

@@ -20,7 +20,7 @@ from mergekit_align.generate import Generated, generate, read_config
 from mergekit_align.guard.responses import load_responses
 from mergekit_align.samples import load_samples
 
-from .conftest import HELP, REFUSAL
+from .conftest import HELP, REFUSAL, config_writer
 
 FILES = ("questions", "answers", "verdicts", "selected", "split")
 
@@ -62,29 +62,15 @@ def whole(
 ) -> tuple[Path, Generated, Callable[..., Path]]:
     """A finished run: its directory, what it came to, and how to write its config again."""
     directory = tmp_path_factory.mktemp("whole")
-    template = directory / "template.yaml"
-    template.write_text("instruction: Write about {{ topic }}.\nparser: {kind: whole}\n")
-
-    def write(**changes: Any) -> Path:
-        asked = {"template": str(template), "topics": ["zorb", "bench"]}
-        content = {
-            "models": [f"{pool}/refuser", f"{pool}/helper"],
-            "output": f"{directory}/generated",
-            "guard": {"model": f"{pool}/guard"},
-            "samples": 9,
-            "alignment": asked,
-            "benign": asked,
-            "task": {"skill": {"template": str(template), "expert": "helper"}},
-            "questions": {"model": f"{pool}/writer", "max_tokens": 24, "batch_size": 8},
-            "answers": {"max_tokens": 24, "batch_size": 8},
-            "split": {"train": 0.5, "test": 0.5},
-            "licence": "cc0-1.0",
-            **changes,
-        }
-        path = directory / "generate.yml"
-        path.write_text(yaml.safe_dump(content))
-        return path
-
+    sampling = {"max_tokens": 24, "batch_size": 8}
+    write = config_writer(
+        directory,
+        pool,
+        samples=9,
+        questions={"model": f"{pool}/writer", **sampling},
+        answers=sampling,
+        licence="cc0-1.0",
+    )
     return directory / "generated", generate(read_config(write())), write
 
 

@@ -170,7 +170,7 @@ def main() -> None:
     # Random weights put little on "safe" and "unsafe": of an unreadable verdict too, the share of each.
     writer = PromptWriter(tokenizer, profile)
     frame = writer.frame(judged[0], None)
-    prompts = [writer.encode(conversation).ids for conversation in judged]
+    prompts = [prompt.ids for prompt in writer.encode_all(judged)]
     scores = scorer.scores(prompts, frame.tree, preamble=frame.preamble)
     found = [frame.tree.probabilities(score.logprobs)[0]["unsafe"] for score in scores]
     difference = max(abs(a - b) for a, b in zip(expected, found, strict=True))

@@ -69,6 +69,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "SmolLM2-135M": Size(30, 576, 1536, 9, 3, 49152, tied=True),
+    "Llama-3.2-1B": Size(16, 2048, 8192, 32, 8, 128256, tied=True),
     "Llama-3-8B": Size(32, 4096, 14336, 32, 8, 128256),
     "Llama-3-70B": Size(80, 8192, 28672, 64, 8, 128256),
 }

@@ -14,8 +14,6 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any, Optional
 
-import ray
-import ray.exceptions
 import torch
 
 from mergekit_align.devices import default_device, default_dtype
@@ -95,6 +93,7 @@ def accept_optional_tensor_tasks() -> None:
 
 def use_no_gpu_where_there_is_none() -> None:
     """Actors ask Ray for a GPU, and evaluation for the device "cuda", on every machine (0.1.5)."""
+    import ray
     from mergekit.evo import actors, helpers, strategy
 
     if default_device() != "cpu" or getattr(strategy, "asks_for_no_gpu", False):
@@ -168,6 +167,7 @@ def survive_failed_evaluations() -> None:
     A candidate that fails, or whose score is no finite number, is ranked below all others instead; a
     generation of failures only is an error.
     """
+    import ray
     from mergekit.evo import strategy
 
     if getattr(strategy, "survives_failures", False):
@@ -214,6 +214,8 @@ def _unscored(reason: str) -> dict[str, Any]:
 
 
 def _evaluate_in_pool(self: Any, genotypes: list[Any]) -> list[dict[str, Any]]:
+    import ray.exceptions
+
     for genotype in genotypes:
         self.actor_pool.submit(lambda actor, x: actor.evaluate_genotype.remote(x), genotype)
     results = []

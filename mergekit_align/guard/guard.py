@@ -76,7 +76,7 @@ class Guard:
         self, conversations: Sequence[Conversation], policy: str | None
     ) -> list[Verdict]:
         frame = self._writer.frame(conversations[0], policy)
-        prompts = [self._writer.encode(conversation, policy) for conversation in conversations]
+        prompts = self._writer.encode_all(conversations, policy)
         if self.settings.mode == "generate":
             return self._read_texts(frame, prompts)
         ids = [prompt.ids for prompt in prompts]

@@ -24,7 +24,12 @@ class PlainText:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a prompt's whole text, control tokens among them."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return self.all_ids([text])[0]
+
+    def all_ids(self, texts: list[str]) -> list[list[int]]:
+        """The same of many texts."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        ids: list[list[int]] = encoded.input_ids
         return ids
 
     def shortened(self, text: str, excess: int) -> str:

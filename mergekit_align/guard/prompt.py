@@ -8,7 +8,7 @@ tokens are always those of the template, whatever a response says.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -119,17 +119,31 @@ class PromptWriter:
         self.encode(conversation, self.policies(conversation)[0])
 
     def encode(self, conversation: Conversation, policy: str | None = None) -> EncodedPrompt:
-        """Ids of the prompt and of what every answer begins with.
+        """Like `encode_all`, of one conversation."""
+        return self.encode_all([conversation], policy)[0]
+
+    def encode_all(
+        self, conversations: Sequence[Conversation], policy: str | None = None
+    ) -> list[EncodedPrompt]:
+        """Ids of the prompts and of what every answer begins with; all have one number of turns.
 
         What exceeds the context window is cut from the end of the longest turn.
 
         Raises:
             InputError: the window is too small for the prompt without any content.
         """
-        frame = self.frame(conversation, policy)
-        turns, cut = [encodable(turn) for turn in conversation.turns], False
+        frame = self.frame(conversations[0], policy)
+        contents = [_stripped(frame, map(encodable, each.turns)) for each in conversations]
+        # The tokenizer reads many texts side by side.
+        rows = self._plain.all_ids([self._text(frame, each) for each in contents])
+        return [
+            self._fitted(frame, *self._checked(frame, own, ids))
+            for own, ids in zip(contents, rows, strict=True)
+        ]
+
+    def _fitted(self, frame: Frame, turns: list[str], ids: list[int]) -> EncodedPrompt:
+        cut = False
         while True:
-            turns, ids = self._written(frame, turns)
             ids = ids[: len(ids) - frame.overlap] + list(frame.forced)
             excess = len(ids) + self._answer_room - (self._max_length or len(ids) * 2**20)
             if excess <= 0:
@@ -141,6 +155,7 @@ class PromptWriter:
                     f"tokens; expected room for the guard's own prompt of {len(ids)}"
                 )
             turns[longest], cut = self._plain.shortened(turns[longest], excess), True
+            turns, ids = self._written(frame, turns)
 
     def _answers(self, reading: Reading, frame_end: str) -> dict[str, Meaning]:
         """The guard's answers, by text, from the end of its rendered prompt on."""
@@ -211,10 +226,13 @@ class PromptWriter:
 
     def _written(self, frame: Frame, contents: Sequence[str]) -> tuple[list[str], list[int]]:
         """Contents as they stand in the prompt, and the prompt's ids."""
-        left, right = frame.strips
-        texts = [text.lstrip() if left else text for text in contents]
-        texts = [text.rstrip() if right else text for text in texts]
-        ids = self._plain.ids(self._text(frame, texts))
+        texts = _stripped(frame, contents)
+        return self._checked(frame, texts, self._plain.ids(self._text(frame, texts)))
+
+    def _checked(
+        self, frame: Frame, texts: list[str], ids: list[int]
+    ) -> tuple[list[str], list[int]]:
+        """The same, or with contents that become no control tokens."""
         if self._plain.control_tokens(ids) != frame.control:
             texts = [self._plain.defused(text) for text in texts]
             ids = self._plain.ids(self._text(frame, texts))
@@ -224,6 +242,13 @@ class PromptWriter:
                     "token; expected a tokenizer that keeps U+2060"
                 )
         return texts, ids
+
+
+def _stripped(frame: Frame, contents: Iterable[str]) -> list[str]:
+    """Contents without the white space that the template takes from them."""
+    left, right = frame.strips
+    texts = [text.lstrip() if left else text for text in contents]
+    return [text.rstrip() if right else text for text in texts]
 
 
 def _shared_beginning(rows: Sequence[Sequence[int]]) -> TokenIds:

@@ -1,10 +1,10 @@
-"""Our merge methods' kernels on one layer of an 8B model, beside stock task arithmetic.
+"""Our merge methods' kernels on one layer of an 8B model, beside stock task arithmetic and TIES.
 
     python benchmarks/merge_methods.py                    # 4096 x 4096 and 4096 x 14336, bfloat16
     python benchmarks/merge_methods.py --device cuda --json merge_methods.json
 
 Two models and a base (three for SafeMERGE). On a CPU each method runs in a process of its own, on the
-same random tensors; seconds are the best of three, bytes the peak beyond the inputs. Statistics are read
+same random tensors; seconds are the best of three, bytes the peak beyond the inputs. Statistics come
 from files (in the page cache), which the methods' seconds include and "without reading" leaves out, for
 task arithmetic's inputs are in memory already. The whole model's seconds are extrapolated:
 Llama 3 8B has 32 layers of two 4096 x 4096 matrices, two 1024 x 4096, and three 14336 x 4096; an
@@ -33,8 +33,8 @@ from mergekit_align.merge_methods.statistics import read_statistics
 from mergekit_align.statistics.files import Accumulators, Header, Kind
 
 SHAPES = ((4096, 4096), (14336, 4096))
-ELEMENTWISE = ("task_arithmetic", "resta", "fisher", "led")
-OTHERS = ("safe_lora", "safemerge", "lox", "lssf", "regmean", "align_adaptive")
+ELEMENTWISE = ("task_arithmetic", "resta", "fisher")
+OTHERS = ("ties", "led", "safe_lora", "safemerge", "lox", "lssf", "regmean", "align_adaptive")
 KINDS: dict[str, Kind] = {
     "fisher": "fisher",
     "led": "importance",
@@ -87,6 +87,8 @@ def run(
     own = [role for role in roles if role != "base"]
     parameters: dict[str, Any] = {"weight": PerInputValues([(each, 1.0) for each in own])}
     known = {parameter.name for parameter in get(method).spec.parameters}
+    if method == "ties":
+        parameters["density"] = PerInputValues([(each, 0.5) for each in own])
     if "role" in known:
         parameters["role"] = PerInputValues([(each, each) for each in own])
     for n, key in enumerate(("statistics", "base_statistics")):

@@ -16,7 +16,7 @@ from mergekit.merge_methods.easy_define import merge_method
 from mergekit_align.merge_methods.ranges import Share
 from mergekit_align.merge_methods.roles import arithmetic_dtype
 from mergekit_align.merge_methods.statistics import needs_statistics, read_statistics
-from mergekit_align.merge_methods.stretches import in_stretches
+from mergekit_align.stretches import in_stretches
 
 
 def located(importance: torch.Tensor, ratio: float) -> torch.Tensor:

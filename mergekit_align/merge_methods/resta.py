@@ -21,7 +21,7 @@ from mergekit_align.merge_methods.roles import (
     needs_roles,
     stored_parts,
 )
-from mergekit_align.merge_methods.stretches import in_stretches
+from mergekit_align.stretches import in_stretches
 
 
 @merge_method(

@@ -5,12 +5,20 @@ its time so, and 1.3 s at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-_ENTRIES = 2**16
+ENTRIES = 2**16
 """Of a stretch, for each of the processor's threads."""
+
+
+def stretches(tensor: torch.Tensor) -> Iterator[slice]:
+    """Where a tensor's entries are read in turn; all at once where it is on a GPU."""
+    size = tensor.numel()
+    length = ENTRIES * torch.get_num_threads() if tensor.device.type == "cpu" else max(1, size)
+    for start in range(0, size, length):
+        yield slice(start, min(start + length, size))
 
 
 def in_stretches(
@@ -19,17 +27,12 @@ def in_stretches(
     """`function` of tensors of one shape, where each entry of the result follows from theirs alone.
 
     Args:
-        function: takes as many tensors as there are; those that are not `dtype` or truth values have
-            been converted to it.
+        function: takes as many tensors as there are, in `dtype` unless they are truth values.
     """
     first = tensors[0]
     merged = torch.empty(first.shape, dtype=dtype, device=first.device)
-    rows = [tensor.reshape(-1) for tensor in tensors]
-    result = merged.view(-1)
-    size = first.numel()
-    step = size if first.device.type != "cpu" else _ENTRIES * torch.get_num_threads()
-    for start in range(0, size, max(1, step)):
-        piece = slice(start, start + step)
+    result, rows = merged.view(-1), [tensor.reshape(-1) for tensor in tensors]
+    for piece in stretches(merged):
         own = [row[piece] if row.dtype == torch.bool else row[piece].to(dtype) for row in rows]
         result[piece] = function(*own)
     return merged

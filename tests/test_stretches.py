@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mergekit_align.merge_methods.led import located
-from mergekit_align.merge_methods.stretches import _ENTRIES, in_stretches
+from mergekit_align.stretches import ENTRIES, in_stretches
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_stretches_join_without_a_seam(more: int) -> None:
-    size = 2 * _ENTRIES * torch.get_num_threads() + more
+    size = 2 * ENTRIES * torch.get_num_threads() + more
     first, second = torch.randn(size).bfloat16(), torch.randn(size) > 0
     found = in_stretches(lambda a, b: torch.where(b, 2 * a, -a), [first, second], torch.float32)
     assert found.dtype == torch.float32

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -60,6 +62,20 @@ def copy_rate(device: str, to: str | None = None) -> float:
         started = clock(device)
         target.copy_(source)
         best = max(best, (1 if to else 2) * 4 * 2**26 / (clock(device) - started))
+    return best
+
+
+def new_pages_rate() -> float:
+    """Bytes a second that are first written to a new file's pages, as a map of it."""
+    size, source = 2**28, torch.ones(2**26)
+    best = 0.0
+    for _ in range(3):
+        with tempfile.NamedTemporaryFile() as file:
+            file.truncate(size)
+            pages = torch.from_numpy(np.memmap(file.name, np.float32, "r+"))
+            started = clock("cpu")
+            pages.copy_(source)
+            best = max(best, size / (clock("cpu") - started))
     return best
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from machine import clock, copy_rate, matmul_rate, memory, name, peak_memory
+from machine import clock, copy_rate, matmul_rate, memory, name, new_pages_rate, peak_memory
 from mergekit.merge_methods import get
 from mergekit.merge_methods.base import PerInputValues, TensorGroup
 from rich.console import Console
@@ -108,6 +108,7 @@ def measured_machine(shape: Shape, device: str, dtype: torch.dtype) -> Machine:
         host_memory=64 * GIB,
         itemsize=dtype.itemsize,
         cpu=device == "cpu",
+        new_pages=new_pages_rate(),
     )
 
 

@@ -126,6 +126,8 @@ class Machine(NamedTuple):
     """Bytes of a number in the models' floating type."""
     cpu: bool = False
     """Whether the device is the host itself."""
+    new_pages: float = 0.7e9
+    """Bytes/s that the host first writes to the pages of a new file; as a small machine does."""
 
 
 class Work(NamedTuple):
@@ -271,9 +273,10 @@ def statistics(shape: Shape, work: Work, machine: Machine) -> Step:
     weights = shape.parameters * FLOAT32
     one = max(flops / machine.matmul_float32, 2 * weights / machine.bandwidth)
     one += traffic / machine.bandwidth + 3 * sums / machine.link
-    # First a forward pass tells which layers share an input; at last the sums are written out.
+    # First a forward pass tells which layers share an input; at last the sums are written out. Their
+    # files' pages are made as they are first written to.
     once = shape.flops(length, length, work.response) / machine.matmul_float32
-    once += 3 * sums / machine.link
+    once += 3 * sums / machine.link + sums / machine.new_pages
     held = weights + 3 * shape.largest * FLOAT32 + length * shape.saved * FLOAT32
     if machine.cpu:
         held += sums

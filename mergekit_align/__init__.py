@@ -21,8 +21,8 @@ from mergekit_align.autoload import register
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mergekit_align.cocktail import merge as merge_cocktail
-    from mergekit_align.cocktail import mix as mix_cocktail
     from mergekit_align.cocktail import read_config as read_cocktail
+    from mergekit_align.cocktail.mix import mix as mix_cocktail
     from mergekit_align.demo import build_world as build_demo_world
     from mergekit_align.errors import InputError
     from mergekit_align.evaluate import evaluate as evaluate_models
@@ -73,7 +73,7 @@ _WHERE = {
     "generate_samples": ("generate", "generate"),
     "judge_responses": ("guard.run", "judge_file"),
     "merge_cocktail": ("cocktail", "merge"),
-    "mix_cocktail": ("cocktail", "mix"),
+    "mix_cocktail": ("cocktail.mix", "mix"),
     "read_cocktail": ("cocktail", "read_config"),
     "read_evolution": ("evolve", "read_config"),
     "read_generation": ("generate", "read_config"),

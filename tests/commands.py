@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+from lm_eval.tasks import TaskManager
+from mergekit.evo.config import EvolMergeConfiguration
+
+from mergekit_align.align_section import AlignSection, parse_align_section
+from mergekit_align.checks import check_genome
+from mergekit_align.eval_task_files import eval_tasks_path
+from mergekit_align.tasks import GuardTask, RefusalTask, response
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -14,6 +23,7 @@ SCRIPTS = {
     for script in importlib.metadata.entry_points(group="console_scripts")
     if script.name.startswith("mergekit-")
 }
+METRICS = {*response.METRICS, *GuardTask.HIGHER_IS_BETTER, *RefusalTask.HIGHER_IS_BETTER}
 OURS = sorted(name for name in SCRIPTS if name.startswith("mergekit-align-"))
 
 
@@ -29,3 +39,22 @@ def lay_out(directory: Path, world: Path) -> None:
     (directory / "demo-world").mkdir()
     for place in world.iterdir():
         (directory / "demo-world" / place.name).symlink_to(place)
+
+
+def check_genome_file(
+    content: dict[str, Any], file: Path, *, task_paths: Sequence[Path] = ()
+) -> AlignSection:
+    """That a genome config fits the schemas, and names tasks and metrics that there are.
+
+    Args:
+        task_paths: where its `task_search_path` is found here; by default from the repository's root.
+    """
+    section = parse_align_section(content, file)
+    check_genome(content, file)
+    config = EvolMergeConfiguration.model_validate(content)
+    own = task_paths or [ROOT / path for path in section.task_search_path]
+    paths = [str(eval_tasks_path()), *map(str, own)]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    assert {task.name for task in config.tasks} <= set(manager.all_tasks)
+    assert {task.metric.removesuffix(",none") for task in config.tasks} <= METRICS
+    return section

@@ -15,6 +15,7 @@ from mergekit.evo.config import EvolMergeConfiguration
 from mergekit_align.align_section import AlignSection, parse_align_section
 from mergekit_align.checks import check_genome
 from mergekit_align.eval_task_files import eval_tasks_path
+from mergekit_align.samples import limit_samples, load_samples, save_samples
 from mergekit_align.tasks import GuardTask, RefusalTask, response
 
 ROOT = Path(__file__).parent.parent
@@ -33,12 +34,21 @@ def command(name: str) -> click.Command:
     return main
 
 
-def lay_out(directory: Path, world: Path) -> None:
-    """The examples, and `world` under the name that the documents give it."""
+def lay_out(directory: Path, world: Path, *, samples: int | None = None) -> None:
+    """The examples, and `world` under the name that the documents give it.
+
+    Args:
+        samples: of each type and file at most.
+    """
     shutil.copytree(ROOT / "examples", directory / "examples", dirs_exist_ok=True)
     (directory / "demo-world").mkdir()
     for place in world.iterdir():
-        (directory / "demo-world" / place.name).symlink_to(place)
+        if place.name != "data" or samples is None:
+            (directory / "demo-world" / place.name).symlink_to(place)
+            continue
+        for file in place.iterdir():
+            few = limit_samples(load_samples(file), samples, seed=0)
+            save_samples(few, directory / "demo-world" / "data" / file.name)
 
 
 def check_genome_file(

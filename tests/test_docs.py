@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from commands import OURS, ROOT, check_genome_file, command, lay_out
@@ -26,6 +27,7 @@ from documents import PAGES, Block, anchors, blocks
 from lm_eval._cli import HarnessCLI
 from lm_eval.tasks import TaskManager
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import merge_tensors
 
 from mergekit_align.align_section import parse_align_section
 from mergekit_align.cocktail.settings import CocktailSection
@@ -136,6 +138,24 @@ def test_python_imports_what_there_is(block: Block) -> None:
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))
             assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_merge_method_that_is_shown_merges(tmp_path: Path) -> None:
+    """As its formula says: of an update along the alignment all, of one against it nothing."""
+    page = ROOT / "docs" / "howto" / "merge_method.md"
+    (shown,) = [block for block in blocks(page) if block.language == "python"]
+    file = tmp_path / str(shown.title)
+    file.write_text(shown.text)
+    method = runpy.run_path(str(file))["nearest"]
+    base, aligned = torch.zeros(2, 2), torch.eye(2)
+    for update, taken in ((torch.eye(2), 1.0), (-torch.eye(2), 0.0)):
+        merged = merge_tensors(
+            [base, aligned, aligned + update],
+            method,
+            base_index=0,
+            parameters={"role": ["aligned", "expert"], "weight": 0.5},
+        )
+        torch.testing.assert_close(merged, aligned + 0.5 * taken * update)
 
 
 @pytest.mark.slow

@@ -1,11 +1,12 @@
-"""Our merge methods' kernels on one layer of an 8B model, beside stock task arithmetic.
+"""Our merge methods' kernels on one layer of an 8B model, beside stock task arithmetic and TIES.
 
     python benchmarks/merge_methods.py                    # 4096 x 4096 and 4096 x 14336, bfloat16
     python benchmarks/merge_methods.py --device cuda --json merge_methods.json
 
 Two models and a base (three for SafeMERGE). On a CPU each method runs in a process of its own, on the
 same random tensors; seconds are the best of three, bytes the peak beyond the inputs. Statistics come
-from files, which the first run brings into the page cache. The whole model's seconds are extrapolated:
+from files (in the page cache), which the methods' seconds include and "without reading" leaves out, for
+task arithmetic's inputs are in memory already. The whole model's seconds are extrapolated:
 Llama 3 8B has 32 layers of two 4096 x 4096 matrices, two 1024 x 4096, and three 14336 x 4096; an
 element-wise method's time goes with the entries, another's is taken from the two shapes measured.
 """
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from mergekit.merge_methods.base import TensorGroup
 from rich.console import Console
 from rich.table import Table
 
+from mergekit_align.merge_methods.statistics import read_statistics
 from mergekit_align.statistics.files import Accumulators, Header, Kind
 
 SHAPES = ((4096, 4096), (14336, 4096))
-ELEMENTWISE = ("task_arithmetic", "resta", "fisher", "led")
-OTHERS = ("safe_lora", "safemerge", "lox", "lssf", "regmean", "align_adaptive")
+ELEMENTWISE = ("task_arithmetic", "resta", "fisher")
+OTHERS = ("ties", "led", "safe_lora", "safemerge", "lox", "lssf", "regmean", "align_adaptive")
 KINDS: dict[str, Kind] = {
     "fisher": "fisher",
     "led": "importance",
@@ -39,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "align_adaptive": "gram",
 }
 REPEATS = 3
+LONG = 10.0
 TWICE = 2.0
 
 
@@ -83,24 +87,44 @@ def run(
     own = [role for role in roles if role != "base"]
     parameters: dict[str, Any] = {"weight": PerInputValues([(each, 1.0) for each in own])}
     known = {parameter.name for parameter in get(method).spec.parameters}
+    if method == "ties":
+        parameters["density"] = PerInputValues([(each, 0.5) for each in own])
     if "role" in known:
         parameters["role"] = PerInputValues([(each, each) for each in own])
     for n, key in enumerate(("statistics", "base_statistics")):
         if key in known:
             files = places[KINDS[method]][2 * n : 2 * n + 2]
             parameters[key] = PerInputValues(list(zip(own, files, strict=True)))
-    held, best = memory(), float("inf")
+    held = memory()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
+    seconds = best(lambda: get(method)([group], parameters=parameters), device)
+    peak = peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated()
+    files = [
+        dict(parameters[key]) for key in ("statistics", "base_statistics") if key in parameters
+    ]
+
+    def read() -> None:
+        for own in files:
+            for directory in own.values():
+                read_statistics(directory, KINDS[method], group)
+
+    return {"seconds": seconds, "reading": best(read, device), "bytes": peak - held}
+
+
+def best(run: Callable[[], object], device: str) -> float:
+    """Seconds: the least of three times, or of one that takes long."""
+    least, began = float("inf"), time.perf_counter()
     for _ in range(REPEATS):
         synchronize(device)
         started = time.perf_counter()
-        get(method)([group], parameters=parameters)
+        run()
         synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    peak = peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated()
-    return {"seconds": best, "bytes": peak - held}
+        least = min(least, time.perf_counter() - started)
+        if time.perf_counter() - began > LONG:
+            break
+    return least
 
 
 def whole_model(method: str, square: float, tall: float) -> float:
@@ -117,10 +141,14 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument(
+        "--method", action="append", choices=(*ELEMENTWISE, *OTHERS), help="may be repeated"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     console, context = Console(), multiprocessing.get_context("spawn")
-    found: dict[str, list[dict[str, float]]] = {method: [] for method in (*ELEMENTWISE, *OTHERS)}
+    methods = dict.fromkeys(["task_arithmetic", *(arguments.method or (*ELEMENTWISE, *OTHERS))])
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     with tempfile.TemporaryDirectory() as work:
         for shape in SHAPES:
             places = prepare(Path(work), shape)
@@ -128,36 +156,45 @@ def main() -> None:
                 order = (method, shape, arguments.dtype, arguments.device, places)
                 if arguments.device != "cpu":
                     found[method].append(run(*order))  # its peak can be reset
-                    continue
-                with context.Pool(1) as pool:
-                    found[method].append(pool.apply(run, order))
+                else:
+                    with context.Pool(1) as pool:
+                        found[method].append(pool.apply(run, order))
+                console.print(f"{method}, {shape}: {found[method][-1]}")
     title = [f"{rows} x {columns}" for rows, columns in SHAPES]
     table = Table(
         "method",
         *(f"{t}, s" for t in title),
+        "of these reading",
         *(f"{t}, MiB" for t in title),
         "x task arithmetic",
+        "without reading",
         "8B, s (extrapolated)",
     )
-    ratios = {
-        method: max(
-            a["seconds"] / b["seconds"] for a, b in zip(own, found["task_arithmetic"], strict=True)
-        )
-        for method, own in found.items()
-    }
+    stock = [each["seconds"] for each in found["task_arithmetic"]]
+    ratios, bare = (
+        {
+            method: max(
+                (e["seconds"] - part * e["reading"]) / s for e, s in zip(own, stock, strict=True)
+            )
+            for method, own in found.items()
+        }
+        for part in (0, 1)
+    )
     for method, own in found.items():
         table.add_row(
             method,
             *(f"{each['seconds']:.3f}" for each in own),
+            ", ".join(f"{each['reading']:.3f}" for each in own),
             *(f"{each['bytes'] / 2**20:.0f}" for each in own),
             f"{ratios[method]:.2f}",
+            f"{bare[method]:.2f}",
             f"{whole_model(method, *(each['seconds'] for each in own)):.0f}",
         )
     console.print(f"{name(arguments.device)}, {arguments.dtype}")
     console.print(table)
     for method in ELEMENTWISE:
-        if ratios[method] > TWICE:
-            console.print(f"{method} takes {ratios[method]:.2f} x task arithmetic, not {TWICE:g}.")
+        if bare.get(method, 0.0) > TWICE:
+            console.print(f"{method} takes {bare[method]:.2f} x task arithmetic, not {TWICE:g}.")
     if arguments.json:
         record = {
             "machine": name(arguments.device),
@@ -165,6 +202,7 @@ def main() -> None:
             "shapes": SHAPES,
             "methods": found,
             "times_task_arithmetic": ratios,
+            "times_without_reading": bare,
         }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -47,6 +47,13 @@ METHODS = (
     "regmean",
     "align_adaptive",
 )
+KINDS = {
+    "fisher": "fisher",
+    "led": "importance",
+    "regmean": "gram",
+    "align_adaptive": "gram",
+}
+"""Statistics that a method reads."""
 PARENTS = {"aligned": "alignment", "expert": "task"}
 
 
@@ -138,18 +145,22 @@ def main() -> None:
         parameters = make_models(work, arguments.model, device)
         make_samples(work / "samples.jsonl", arguments.samples)
         (work / "safe").symlink_to("aligned")  # it is its own safe model
+        methods = arguments.method or METHODS
+        wanted = {KINDS[method] for method in methods if method in KINDS}
         for model, role in (*((role, role) for role in PARENTS), *(("base", r) for r in PARENTS)):
-            kinds = ("gram", "fisher", "importance") if model == role else ("importance",)
+            kinds = wanted if model == role else wanted & {"importance"}
+            if not kinds:
+                continue
             out = role if model == role else f"base-{role}"
             statistics[out] = command(
                 "mergekit-align-stats",
                 str(work / model),
                 *("--data", str(work / "samples.jsonl"), "--type", PARENTS[role]),
-                *(word for kind in kinds for word in ("--kind", kind)),
+                *(word for kind in sorted(kinds) for word in ("--kind", kind)),
                 *("--out", str(work / "statistics" / out), "--device", device),
             )
             console.print(f"statistics {out}: {statistics[out]:.1f} s")
-        for method in arguments.method or METHODS:
+        for method in methods:
             file = work / f"{method}.yml"
             file.write_text(yaml.safe_dump(config(method, work)), encoding="utf-8")
             options = ["--cuda"] if device != "cpu" else []

@@ -125,15 +125,34 @@ def kernels(files: Files) -> list[str]:
         for method, own in record["methods"].items():
             seconds = [f"{each['seconds']:.3f}" for each in own]
             memory = [f"{each['bytes'] / MIB:.0f}" for each in own]
-            times = f"{record['times_task_arithmetic'][method]:.2f}"
-            rows.append([method, *seconds, *memory, times])
+            keys = ("times_task_arithmetic", "times_without_reading")
+            times = [f"{record[key][method]:.2f}" if key in record else "" for key in keys]
+            rows.append([method, *seconds, *memory, *times])
         header = [
             "method",
             *(f"{shape}, s" for shape in shapes),
             *(f"{shape}, MiB" for shape in shapes),
             "x task arithmetic",
+            "without reading statistics",
         ]
-        lines += [f"{record['dtype']}.", "", *table(header, rows), ""]
+        lines += [f"{record['dtype']}, {record['machine']}.", "", *table(header, rows), ""]
+    return lines[:-1]
+
+
+def whole_models(files: Files) -> list[str]:
+    """Seconds of `mergekit-yaml` by each method."""
+    lines: list[str] = []
+    for _, record in files:
+        first = next(iter(record["seconds"].values()))
+        rows = [[m, f"{each:.1f}", f"{each / first:.2f}"] for m, each in record["seconds"].items()]
+        taken = ", ".join(f"{out} {each:.1f} s" for out, each in record["statistics"].items())
+        lines += [
+            f"{record['model']}, {record['parameters'] / 1e9:.2f}B parameters, two models and a "
+            f"base, {record['machine']}; statistics of {record['samples']} samples each: {taken}.",
+            "",
+            *table(["method", "seconds", "x the first"], rows),
+            "",
+        ]
     return lines[:-1]
 
 
@@ -160,7 +179,9 @@ def cocktail(files: Files) -> list[str]:
 def guard(files: Files) -> list[str]:
     """Verdicts a second, each way."""
     ways = dict.fromkeys(way for _, record in files for way in record["seconds"])
-    titles = [f"{r['shape']}, lengths {r['lengths']}, {r['dtype']}" for _, r in files]
+    titles = [
+        f"{r['shape']}, lengths {r['lengths']}, {r['dtype']}, {r['device']}" for _, r in files
+    ]
     rows = [
         [way, *(f"{1 / record['seconds'][way]:.2f}" for _, record in files)]
         + [f"{record['seconds'][way] / record['seconds']['ours']:.1f}" for _, record in files]
@@ -171,12 +192,11 @@ def guard(files: Files) -> list[str]:
         ["floor", *(f"{1 / r['floor_seconds']:.2f}" for _, r in files)]
         + [f"{r['floor_seconds'] / r['seconds']['ours']:.1f}" for _, r in files]
     )
-    difference = max(record["largest_difference"] for _, record in files)
-    return [
-        *table(["way", *header], rows),
-        "",
-        f"P(unsafe) differs from the plain pass by {difference:.1e} at most.",
-    ]
+    differences: dict[str, float] = {}
+    for _, r in files:
+        differences[r["dtype"]] = max(differences.get(r["dtype"], 0.0), r["largest_difference"])
+    most = " and ".join(f"{each:.1e} in {dtype}" for dtype, each in differences.items())
+    return [*table(["way", *header], rows), "", f"P(unsafe) differs from the plain pass by {most}."]
 
 
 def evaluation(files: Files) -> list[str]:
@@ -262,23 +282,27 @@ def scale(files: Files) -> list[str]:
         ]
         header = ["step", "predicted s", "measured s", "off by"]
         header += ["predicted MiB", "measured MiB", "off by"]
-        lines += [f"{record['model']}, {record['dtype']}, at the rates measured beside it:", ""]
+        lines += [
+            f"{record['model']}, {record['dtype']}, {record['machine']}, at the rates measured beside "
+            "it:",
+            "",
+        ]
         lines += [*table(header, rows), ""]
-        for plan in record["plans"]:
-            rows = [
-                [
-                    each["step"],
-                    f"{each['seconds']:.1f}",
-                    f"{each['bytes'] / 2**30:.0f}",
-                    f"{each['host_bytes'] / 2**30:.0f}",
-                    "yes" if each["fits"] else "no",
-                ]
-                for each in plan["steps"]
+    for plan in files[0][1]["plans"]:
+        rows = [
+            [
+                each["step"],
+                f"{each['seconds']:.1f}",
+                f"{each['bytes'] / 2**30:.0f}",
+                f"{each['host_bytes'] / 2**30:.0f}",
+                "yes" if each["fits"] else "no",
             ]
-            work = ", ".join(f"{count} {what}" for what, count in plan["work"].items())
-            lines += [f"{plan['model']} on {plan['machine']}, computed, not measured ({work}):", ""]
-            lines += table(["step", "seconds", "GiB on GPU", "GiB on host or disk", "fits"], rows)
-            lines.append("")
+            for each in plan["steps"]
+        ]
+        work = ", ".join(f"{count} {what}" for what, count in plan["work"].items())
+        lines += [f"{plan['model']} on {plan['machine']}, computed, not measured ({work}):", ""]
+        lines += table(["step", "seconds", "GiB on GPU", "GiB on host or disk", "fits"], rows)
+        lines.append("")
     return lines[:-1]
 
 
@@ -295,6 +319,12 @@ KINDS = (
         "merge_methods.py --json merge_methods.json",
         frozenset({"times_task_arithmetic"}),
         kernels,
+    ),
+    Kind(
+        "Whole models through merge methods",
+        "merge_model.py --json merge_model.json",
+        frozenset({"parameters", "statistics"}),
+        whole_models,
     ),
     Kind("Losses of a cocktail", "cocktail.py --json cocktail.json", frozenset({"ways"}), cocktail),
     Kind(

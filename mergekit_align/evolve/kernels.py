@@ -16,9 +16,8 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_align.evolve.magnitudes import MAGNITUDE, Magnitudes, Selection, keep
+from mergekit_align.stretches import stretches
 
-STRETCH = 2**16
-"""Numbers of a tensor that a CPU's thread merges at a time."""
 _ONE = 0x3F80  # the bits of 1 in bfloat16
 
 
@@ -252,8 +251,4 @@ def _sum(rows: torch.Tensor) -> torch.Tensor:
 
 def _stretches(target: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     flat = target.view(-1)
-    on_cpu = target.device.type == "cpu"
-    length = STRETCH * torch.get_num_threads() if on_cpu else flat.numel()
-    for start in range(0, flat.numel(), length):
-        piece = slice(start, min(start + length, flat.numel()))
-        yield piece, flat[piece]
+    return ((piece, flat[piece]) for piece in stretches(flat))

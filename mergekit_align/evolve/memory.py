@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from mergekit_align import scale
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.config import EvolveConfig
 
@@ -19,19 +21,34 @@ class Memory(NamedTuple):
     """The model that candidates are merged into."""
     inputs: int
     """The models that are merged, once."""
+    batch: int
+    """What grows with a batch of samples, and the gradients where the search takes them."""
 
     @property
     def total(self) -> int:
-        return round(1.1 * (self.model + self.inputs))
+        return self.model + self.inputs + self.batch
 
 
 def memory_needed(config: EvolveConfig) -> Memory:
-    """An estimate from the models' files: what is read of a batch of samples counts a tenth."""
+    """An estimate from the models' files and, for samples of usual lengths, by `scale`."""
     genome = config.file.config.genome
     models = dict.fromkeys([*genome.models, *([genome.base_model] if genome.base_model else [])])
     sizes = [_weights(Path(model.model.path)) for model in models]
     numbers = max((count for count, _ in sizes), default=0)
-    return Memory(numbers * config.dtype.itemsize, sum(size for _, size in sizes))
+    batch = _batch(config, next(iter(models)).model.path) if numbers else 0
+    return Memory(numbers * config.dtype.itemsize, sum(size for _, size in sizes), batch)
+
+
+def _batch(config: EvolveConfig, model: str) -> int:
+    """Bytes that reading a batch of samples takes beside the model."""
+    from transformers import AutoConfig
+
+    shape, own = scale.Shape.of(AutoConfig.from_pretrained(model)), config.dtype.itemsize
+    on_cpu = torch.device(config.device).type == "cpu"
+    # How fast the machine is does not matter here.
+    machine = scale.Machine(inf, inf, inf, inf, inf, inf, itemsize=own, cpu=on_cpu)
+    step = scale.gradient if config.searcher == "gradient" else scale.loss
+    return round(step(shape, scale.Work(), machine).bytes) - shape.parameters * own
 
 
 def check_memory(config: EvolveConfig) -> None:

@@ -39,8 +39,8 @@ def describe(config: EvolveConfig, console: Console | None = None) -> None:
     need = memory_needed(config)
     console.print(
         f"{len(config.genes)} genes, searched by {config.searcher}. Memory: "
-        f"{need.model / 2**20:.0f} MiB for the model, {need.inputs / 2**20:.0f} for its inputs, on "
-        f"{config.device}."
+        f"{need.model / 2**20:.0f} MiB for the model, {need.inputs / 2**20:.0f} for its inputs, "
+        f"{need.batch / 2**20:.0f} for a batch of samples, on {config.device}."
     )
     check_memory(config)
     evaluator = Evaluator(config)

@@ -16,6 +16,7 @@ from mergekit_align.merge_methods.ranges import Positive
 from mergekit_align.merge_methods.roles import arithmetic_dtype
 from mergekit_align.merge_methods.statistics import needs_statistics, read_statistics
 from mergekit_align.samples import SampleType
+from mergekit_align.stretches import in_stretches
 
 
 @merge_method(
@@ -33,21 +34,33 @@ def _fisher(
     benign_weight: Positive = 1.0,
 ) -> torch.Tensor:
     dtype = arithmetic_dtype(group)
-    mean = torch.stack([entry.tensor.to(dtype) for entry in group.entries]).mean(0)
     types: dict[SampleType, float] = {
         "alignment": alignment_weight,
         "task": task_weight,
         "benign": benign_weight,
     }
-    total, pulled = torch.zeros_like(mean), torch.zeros_like(mean)
-    for entry in group.entries:
-        own = read_statistics(statistics[entry.id], "fisher", group, types)
-        if own is None:
-            return mean
-        own = weight[entry.id] * own
-        total += own
-        pulled += own * (entry.tensor.to(dtype) - mean)
-    return mean + torch.where(total > 0, pulled / total, 0.0)
+    tensors = [entry.tensor for entry in group.entries]
+    found = [read_statistics(statistics[e.id], "fisher", group, types) for e in group.entries]
+    informations = [each for each in found if each is not None]
+    if len(informations) < len(tensors):
+        return in_stretches(_mean, tensors, dtype)
+    weights = [weight[entry.id] for entry in group.entries]
+
+    def weighted(*both: torch.Tensor) -> torch.Tensor:
+        own, fishers = both[: len(tensors)], both[len(tensors) :]
+        mean = _mean(*own)
+        total, pulled = torch.zeros_like(mean), torch.zeros_like(mean)
+        for tensor, information, share in zip(own, fishers, weights, strict=True):
+            pull = share * information
+            total += pull
+            pulled += pull * (tensor - mean)
+        return mean + torch.where(total > 0, pulled / total, 0.0)
+
+    return in_stretches(weighted, [*tensors, *informations], dtype)
+
+
+def _mean(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.stack(tensors).mean(0)
 
 
 fisher = needs_statistics(_fisher, "fisher")

@@ -8,6 +8,7 @@ for one model alone is its mask m_i; an entry that two models elect is left at t
 tensor without statistics of its own stays the base's. The paper tunes `ratio`; the default is ours.
 """
 
+import numpy as np
 import torch
 from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
 from mergekit.merge_methods.easy_define import merge_method
@@ -15,14 +16,28 @@ from mergekit.merge_methods.easy_define import merge_method
 from mergekit_align.merge_methods.ranges import Share
 from mergekit_align.merge_methods.roles import arithmetic_dtype
 from mergekit_align.merge_methods.statistics import needs_statistics, read_statistics
+from mergekit_align.stretches import in_stretches
 
 
 def located(importance: torch.Tensor, ratio: float) -> torch.Tensor:
     """Where the highest entries are, a share `ratio` of them; boolean, of the same shape."""
-    chosen = torch.zeros(importance.numel(), dtype=torch.bool, device=importance.device)
     count = round(ratio * importance.numel())
-    chosen[importance.flatten().topk(count, sorted=False).indices] = True
-    return chosen.view_as(importance)
+    if count == 0:
+        return torch.zeros_like(importance, dtype=torch.bool)
+    least = _highest(importance.flatten(), count)
+    chosen = importance > least
+    # Of those equal to the least of the highest, as many as are left.
+    equal = (importance == least).flatten().nonzero()[: count - int(chosen.sum()), 0]
+    chosen.view(-1)[equal] = True
+    return chosen
+
+
+def _highest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The least of the `count` highest."""
+    if values.device.type == "cpu":  # where numpy selects three times as fast
+        place = values.numel() - count
+        return torch.tensor(np.partition(values.numpy(), place)[place])
+    return values.topk(count, sorted=False).values.min()
 
 
 @merge_method(
@@ -40,23 +55,27 @@ def _led(
 ) -> torch.Tensor:
     assert group.base is not None
     dtype = arithmetic_dtype(group)
-    base: torch.Tensor = group.base.tensor.to(dtype)
     elected: list[torch.Tensor] = []
     for entry in group.non_base:
         places = (statistics[entry.id], base_statistics[entry.id])
         importances = [read_statistics(place, "importance", group) for place in places]
-        both = torch.ones_like(base, dtype=torch.bool)
-        for importance in importances:
-            if importance is None:
-                return base
-            both &= located(importance, ratio[entry.id])
-        elected.append(both)
-    counts = torch.stack(elected).sum(0)
-    merged = base.clone()
-    for entry, mask in zip(group.non_base, elected, strict=True):
-        update = entry.tensor.to(dtype) - base
-        merged += weight[entry.id] * torch.where(mask & (counts == 1), update, 0.0)
-    return merged
+        masks = [located(each, ratio[entry.id]) for each in importances if each is not None]
+        if len(masks) < len(places):
+            base: torch.Tensor = group.base.tensor.to(dtype)
+            return base
+        elected.append(masks[0] & masks[1])
+    models = group.non_base
+
+    def merged(base: torch.Tensor, *both: torch.Tensor) -> torch.Tensor:
+        own, masks = both[: len(models)], both[len(models) :]
+        counts = torch.stack(masks).sum(0)
+        result = base.clone()
+        for entry, tensor, mask in zip(models, own, masks, strict=True):
+            result += weight[entry.id] * torch.where(mask & (counts == 1), tensor - base, 0.0)
+        return result
+
+    tensors = [group.base.tensor, *(entry.tensor for entry in models), *elected]
+    return in_stretches(merged, tensors, dtype)
 
 
 led = needs_statistics(_led, "importance")

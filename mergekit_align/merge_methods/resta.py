@@ -13,7 +13,15 @@ from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, T
 from mergekit.merge_methods.easy_define import merge_method
 
 from mergekit_align.merge_methods.ranges import Share
-from mergekit_align.merge_methods.roles import Origin, Role, needs_roles, parts
+from mergekit_align.merge_methods.roles import (
+    Origin,
+    Parts,
+    Role,
+    arithmetic_dtype,
+    needs_roles,
+    stored_parts,
+)
+from mergekit_align.stretches import in_stretches
 
 
 @merge_method(
@@ -30,13 +38,20 @@ def _resta(
     density: Share = 1.0,
     origin: Origin = "aligned",
 ) -> torch.Tensor:
-    models = parts(group, role, weight)
-    merged = (models.aligned if origin == "aligned" else models.base) + gamma * models.alignment
-    for update, own in models.updates(origin):
-        if density < 1:
-            update = update * torch.bernoulli(torch.full_like(update, density)) / density
-        merged += own * update
-    return merged
+    models = stored_parts(group, role, weight)
+    weights = [own for _, own in models.experts]
+
+    def restored(base: torch.Tensor, aligned: torch.Tensor, *experts: torch.Tensor) -> torch.Tensor:
+        own = Parts(base, aligned, list(zip(experts, weights, strict=True)), None)
+        merged = (aligned if origin == "aligned" else base) + gamma * own.alignment
+        for update, share in own.updates(origin):
+            if density < 1:
+                update = update * torch.bernoulli(torch.full_like(update, density)) / density
+            merged += share * update
+        return merged
+
+    tensors = [models.base, models.aligned, *(tensor for tensor, _ in models.experts)]
+    return in_stretches(restored, tensors, arithmetic_dtype(group))
 
 
 resta = needs_roles(_resta, {"aligned", "expert"})

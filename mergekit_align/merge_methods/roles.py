@@ -40,7 +40,7 @@ class MergeConfigError(click.ClickException, InputError):
 
 
 class Parts(NamedTuple):
-    """One tensor of each model, in the floating type of the arithmetic."""
+    """One tensor of each model."""
 
     base: torch.Tensor
     aligned: torch.Tensor
@@ -75,20 +75,29 @@ def arithmetic_dtype(group: TensorGroup) -> torch.dtype:
 
 
 def parts(group: TensorGroup, role: PerInputValues[Role], weight: PerInputValues[float]) -> Parts:
-    """The tensors of a group by their models' roles."""
-    assert group.base is not None
+    """The tensors of a group by their models' roles, in the floating type of the arithmetic."""
     dtype = arithmetic_dtype(group)
+    own = stored_parts(group, role, weight)
+    experts = [(tensor.to(dtype), each) for tensor, each in own.experts]
+    safe = None if own.safe is None else own.safe.to(dtype)
+    return Parts(own.base.to(dtype), own.aligned.to(dtype), experts, safe)
+
+
+def stored_parts(
+    group: TensorGroup, role: PerInputValues[Role], weight: PerInputValues[float]
+) -> Parts:
+    """The same in the models' own floating type."""
+    assert group.base is not None
     single: dict[Role, torch.Tensor] = {}
     experts: list[tuple[torch.Tensor, float]] = []
     for entry in group.non_base:
-        tensor = entry.tensor.to(dtype)
         if role[entry.id] == "expert":
-            experts.append((tensor, weight[entry.id]))
+            experts.append((entry.tensor, weight[entry.id]))
         else:
-            single[role[entry.id]] = tensor
-    if torch.equal(group.base.tensor.to(dtype), single["aligned"]):
+            single[role[entry.id]] = entry.tensor
+    if torch.equal(group.base.tensor, single["aligned"]):
         _warn_of_equal_models()
-    return Parts(group.base.tensor.to(dtype), single["aligned"], experts, single.get("safe"))
+    return Parts(group.base.tensor, single["aligned"], experts, single.get("safe"))
 
 
 @lru_cache(1)

@@ -268,6 +268,15 @@ def test_the_site_builds_without_warnings_and_its_links_resolve() -> None:
                 assert anchor in pages[target].ids, f"{file}: {link}"
 
 
+def test_the_architecture_names_every_part() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for place in (ROOT / "mergekit_align").iterdir():
+        if place.suffix == ".py" and place.name != "__init__.py":
+            assert f"`{place.name}`" in text
+        elif (place / "__init__.py").is_file():
+            assert f"`{place.name}/`" in text
+
+
 def test_every_command_has_its_help_on_the_site() -> None:
     shown = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     for name in OURS:

@@ -1,9 +1,10 @@
-# make test: the fast tests, a linter and the type checker.  make demo: the demo world, searched.
+# make test: the fast tests.  make lint: a linter and the type checker.  make demo: the demo world, searched.
+# make docs: the documentation's site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: test test-slow lint demo
+.PHONY: test test-slow lint docs demo
 .DEFAULT_GOAL := test
 
 .venv/installed: pyproject.toml constraints.txt
@@ -21,6 +22,9 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/zensical build --strict --clean
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo_table.py

@@ -392,7 +392,7 @@ def page(directory: Path) -> str:
         "# Results",
         "",
         "Made by `python benchmarks/results.py` from the files in `results/`, which the commands "
-        "wrote; see [benchmarks](../benchmarks/README.md).",
+        "wrote; see [benchmarks](benchmarks.md).",
     ]
     for kind in KINDS:
         if kind in found:

@@ -9,24 +9,18 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from lm_eval.tasks import TaskManager
+from commands import ROOT, check_genome_file, lay_out
+from commands import command as click_command
 from mergekit.config import MergeConfiguration
 from mergekit.evo.config import EvolMergeConfiguration
-from mergekit.scripts import run_yaml
 
-from mergekit_align.align_section import parse_align_section
-from mergekit_align.checks import check_genome
-from mergekit_align.cli import stats
 from mergekit_align.cocktail import read_config
 from mergekit_align.demo.corpus import Corpus
-from mergekit_align.eval_task_files import eval_tasks_path
 from mergekit_align.generate import read_config as read_generated
 from mergekit_align.generate.settings import ModelSettings, Settings
-from mergekit_align.tasks import GuardTask, RefusalTask, response
 from mergekit_align.yaml_files import check_section, read_yaml_mapping
 
-METRICS = {*response.METRICS, *GuardTask.HIGHER_IS_BETTER, *RefusalTask.HIGHER_IS_BETTER}
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 COCKTAILS = sorted(EXAMPLES.rglob("cocktail*.yml"))
 MERGES = sorted(EXAMPLES.rglob("merge_*.yml"))
 GENERATED = sorted(EXAMPLES.rglob("generate*.yml"))
@@ -36,13 +30,7 @@ CONFIGS = sorted(set(EXAMPLES.rglob("*.yml")) - set(COCKTAILS) - set(MERGES) - s
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(EXAMPLES)))
 def test_an_example_fits_the_schemas(file: Path) -> None:
     content = read_yaml_mapping(file)
-    section = parse_align_section(content, file)
-    check_genome(content, file)
-    config = EvolMergeConfiguration.model_validate(content)
-    own = [str(EXAMPLES.parent / path) for path in section.task_search_path]
-    manager = TaskManager(include_path=[str(eval_tasks_path()), *own], include_defaults=False)
-    assert {task.name for task in config.tasks} <= set(manager.all_tasks)
-    assert {task.metric.removesuffix(",none") for task in config.tasks} <= METRICS
+    section = check_genome_file(content, file)
     assert section.data
     assert section.storage_path
 
@@ -68,20 +56,16 @@ def test_the_commands_of_an_example_of_a_merge_run(
     for name, place in (("aligned", "aligned"), ("expert", "expert-a")):
         (tmp_path / "smollm" / name).symlink_to(world / place)
     (tmp_path / "smollm" / "data" / "train.jsonl").symlink_to(world / "data" / "validation.jsonl")
-    (tmp_path / "demo-world").mkdir()
-    for place in world.iterdir():
-        (tmp_path / "demo-world" / place.name).symlink_to(place)
+    lay_out(tmp_path, world)
     text = file.read_text().replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(world / "base"))
     config = tmp_path / file.relative_to(EXAMPLES.parent)
-    config.parent.mkdir(parents=True)
     config.write_text(text)
     lines = re.sub(r"\\\n# +", "", text.partition("#\n")[0]).splitlines()
     _, *commands = [re.sub("^# *(Run: )?", "", line) for line in lines]
     assert len(commands) == 3
     for command in commands:
         program, *arguments = shlex.split(command.replace("100", "2").replace("50", "2"))
-        main = {"mergekit-align-stats": stats.main, "mergekit-yaml": run_yaml.main}[program]
-        result = CliRunner().invoke(main, arguments)
+        result = CliRunner().invoke(click_command(program), arguments)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "merged" / "model.safetensors").exists()
 

@@ -5,7 +5,7 @@ result is an ordinary mergekit config:
 
     config = read_config("examples/cocktail.yml")
     cocktail = mix(config)
-    merge(cocktail, config, "out", MergeOptions())
+    merge(cocktail, config, "out")
 """
 
 from mergekit_align.cocktail.mix import Cocktail, Ingredient, Solution, mix, softmax

@@ -48,9 +48,10 @@ def merge(
     cocktail: Cocktail,
     config: CocktailConfig,
     out_path: str | os.PathLike[str],
-    options: MergeOptions,
+    options: MergeOptions | None = None,
 ) -> None:
     """Write the merged model as `mergekit-yaml` does, and to its card how the weights came about."""
+    options = options or MergeOptions()
     text = _yaml(cocktail)
     merged = MergeConfiguration.model_validate(cocktail.config)
     run_merge(merged, os.fspath(out_path), options=options, config_source=text)

@@ -1,0 +1,67 @@
+"""The package root gives a function for each command, loaded when it is asked for, and typed."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import OURS
+
+import mergekit_align
+
+FUNCTIONS = [name for name in mergekit_align.__all__ if name.islower() and name[0] != "_"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_name_is_a_documented_function(name: str) -> None:
+    function = getattr(mergekit_align, name)
+    assert callable(function)
+    assert function.__doc__
+    assert "return" in function.__annotations__
+
+
+def test_all_is_what_there_is() -> None:
+    listed = set(mergekit_align.__all__)
+    assert set(mergekit_align._WHERE) == listed - {"__version__", "register"}
+    assert listed <= set(dir(mergekit_align))
+    with pytest.raises(AttributeError, match="no attribute 'evaluate_model'"):
+        mergekit_align.evaluate_model  # type: ignore[attr-defined] # noqa: B018
+
+
+def test_every_command_has_a_function_of_its_own_module() -> None:
+    """That is: whichever module of `cli` a command is, `mergekit_align` has a name from its package."""
+    packages = {where.partition(".")[0] for where, _ in mergekit_align._WHERE.values()}
+    commands = {name.removeprefix("mergekit-align-") for name in OURS}
+    assert {{"stats": "statistics"}.get(name, name) for name in commands} <= packages
+
+
+def test_no_name_is_a_subpackages() -> None:
+    """Importing `mergekit_align.evaluate` would put the package where the function was."""
+    modules = {module.name for module in pkgutil.iter_modules(mergekit_align.__path__)}
+    assert not modules & set(mergekit_align.__all__)
+    for name in ("evaluate", "evolve"):
+        importlib.import_module(f"mergekit_align.{name}")
+    assert callable(mergekit_align.evaluate_models)
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_names(tmp_path: Path) -> None:
+    """Each has a type of its own: neither unknown nor `Any`."""
+    file = tmp_path / "uses.py"
+    uses = "".join(f"reveal_type(mergekit_align.{name})\n" for name in FUNCTIONS)
+    file.write_text(f"import mergekit_align\n{uses}mergekit_align.evaluate_model\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", str(file)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    shown = [line for line in result.stdout.splitlines() if "Revealed type" in line]
+    assert len(shown) == len(FUNCTIONS), result.stdout
+    assert all('"def (' in line for line in shown), result.stdout
+    assert 'Module has no attribute "evaluate_model"' in result.stdout

@@ -15,6 +15,8 @@ from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.fitness import Fitness, Results, Scored
 from mergekit_align.evolve.genes import Array, Genotype
 from mergekit_align.evolve.merging import MergedModel
+from mergekit_align.evolve.racing import Race
+from mergekit_align.evolve.sample_values import Metric, SampleValues
 
 
 class Result(NamedTuple):
@@ -28,6 +30,10 @@ class Result(NamedTuple):
     seconds: float
     failure: str | None = None
     gradient: Array | None = None
+    stopped: int | None = None
+    """Samples after which it lost its race; its values are estimates then."""
+    samples: SampleValues | None = None
+    """What it made of every sample, where candidates race."""
 
 
 class Evaluator:
@@ -55,24 +61,39 @@ class Evaluator:
                 *((floor.task, floor.metric) for floor in config.floors),
                 *config.objectives,
             ],
+            racing=config.racing,
         )
-
+        self._race: Race | None = None
+        if config.racing:
+            weights: dict[Metric, float] = {}
+            for task in config.file.config.tasks:
+                metric = task.name, task.metric
+                weights[metric] = weights.get(metric, 0.0) + task.weight
+            self._race = Race(weights, config.floors, self.fitness.reader.slices)
         self._ascent: Ascent | None = None
 
-    def evaluate(self, genotype: Genotype, *, gradient: bool = False) -> Result:
+    def evaluate(
+        self, genotype: Genotype, *, gradient: bool = False, rival: SampleValues | None = None
+    ) -> Result:
         """Whatever a candidate fails with is its result; what the user can repair is raised.
 
         Args:
             gradient: find the gradients of the fitness and of the violations too.
+            rival: what the candidate that it races makes of every sample; by default it sees all.
 
         Raises:
             InputError: the config cannot be used.
         """
         started = time.monotonic()
         slopes: Array | None = None
+        stopped: int | None = None
+        samples: SampleValues | None = None
         try:
             if gradient:
                 scored, slopes = self._climb(genotype)
+            elif self._race is not None:
+                samples = {}
+                scored, stopped = self._run_race(self._race, genotype, samples, rival)
             else:
                 scored = self.score(self._config.genes.config(genotype))
             values = self._objectives(scored)
@@ -87,12 +108,27 @@ class Evaluator:
             floor.least - scored.results[floor.task][floor.metric] for floor in self._config.floors
         )
         seconds = time.monotonic() - started
-        return Result(values, violations, scored.results, seconds, None, slopes)
+        if stopped is not None:
+            samples = None
+        return Result(values, violations, scored.results, seconds, None, slopes, stopped, samples)
 
     def score(self, config: MergeConfiguration) -> Scored:
         """What the model merged by any mergekit config is worth."""
         self.merged.merge(config)
         return self.fitness.score()
+
+    def _run_race(
+        self, race: Race, genotype: Genotype, values: SampleValues, rival: SampleValues | None
+    ) -> tuple[Scored, int | None]:
+        """What a candidate is worth, and after how many samples it was stopped."""
+        self.merged.merge(self._config.genes.config(genotype))
+        reader = self.fitness.reader
+        last = len(reader.slices) - 1
+        for stage in range(last + 1):
+            reader.read(stage, values)
+            if rival is not None and stage < last and race.is_lost(values, rival, stage):
+                return self.fitness.total(race.estimate(values, rival, stage)), race.samples(stage)
+        return self.fitness.total(reader.means(values)), None
 
     def _climb(self, genotype: Genotype) -> tuple[Scored, Array]:
         """What a candidate is worth, and the gradients of that and of its violations."""

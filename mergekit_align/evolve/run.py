@@ -17,6 +17,7 @@ from mergekit_align.evolve.candidate import Evaluator, Result
 from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.genes import Genotype
 from mergekit_align.evolve.pools import InProcess, Pool, RayPool
+from mergekit_align.evolve.sample_values import SampleValues
 from mergekit_align.evolve.searchers import Outcome, Searcher, Space, make_searcher
 from mergekit_align.evolve.study import Evaluation, Study, open_study
 from mergekit_align.files import write_text
@@ -47,7 +48,7 @@ class Search(NamedTuple):
     @property
     def front(self) -> list[Evaluation]:
         """Feasible evaluations that no other is better than in every objective."""
-        feasible = [each for each in self.evaluations if each.values and not each.violation]
+        feasible = [each for each in self.evaluations if each.complete and not each.violation]
         return [each for each in feasible if not any(_dominates(o, each) for o in feasible)]
 
 
@@ -115,13 +116,14 @@ def search(
             else:
                 pool = InProcess(evaluator or cache(lambda: Evaluator(config)), gradient=gradient)
             running: set[int] = set()
+            rival = _rival(config, study, pool) if config.racing else None
             while True:
                 left = config.evaluations - len(study.evaluations) - len(running)
                 while left > 0 and len(running) < pool.size and not ends():
                     number = asking.next(running)
                     if number is None:
                         break
-                    pool.submit(number, asking.pending[number])
+                    pool.submit(number, asking.pending[number], rival)
                     running.add(number)
                     left -= 1
                 if not running:
@@ -129,7 +131,8 @@ def search(
                 number, result = pool.wait()
                 running.remove(number)
                 study.add(asking.answer(number, result, config.seed))
-                _keep_best(config, study)
+                if _keep_best(config, study):
+                    rival = result.samples
                 progress(_line(config, study, before, time.monotonic() - started))
                 _check_failures(study.evaluations)
         return Search(config, study.evaluations, len(study.evaluations) - before, interrupted())
@@ -170,6 +173,7 @@ class Asking:
             seed,
             result.failure,
             result.gradient,
+            result.stopped,
         )
         self.tell(evaluation)
         return evaluation
@@ -202,8 +206,11 @@ def replay(searcher: Searcher, evaluations: list[Evaluation], where: str) -> Ask
 
 
 def best_of(config: EvolveConfig, evaluations: list[Evaluation]) -> Evaluation | None:
-    """The feasible evaluation of the highest fitness, else the one that misses its floors least."""
-    scored = [each for each in evaluations if each.values is not None]
+    """The feasible evaluation of the highest fitness, else the one that misses its floors least.
+
+    None that was stopped early: its values are estimates.
+    """
+    scored = [each for each in evaluations if each.complete]
 
     def rank(evaluation: Evaluation) -> tuple[float, float]:
         return (-evaluation.violation, fitness_of(config, evaluation))
@@ -230,12 +237,24 @@ def _dominates(one: Evaluation, other: Evaluation) -> bool:
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
-def _keep_best(config: EvolveConfig, study: Study) -> None:
+def _rival(config: EvolveConfig, study: Study, pool: Pool) -> SampleValues | None:
+    """What the best candidate of an earlier run makes of every sample: that is not in the study."""
     best = best_of(config, study.evaluations)
-    if best is study.evaluations[-1]:
-        write_text(
-            config.storage / "best_config.yml", config.genes.config(best.genotype).to_yaml() + "\n"
-        )
+    if best is None:
+        return None
+    pool.submit(best.asked, best.genotype)
+    return pool.wait().result.samples
+
+
+def _keep_best(config: EvolveConfig, study: Study) -> bool:
+    """Whether the last evaluation is the best."""
+    best = best_of(config, study.evaluations)
+    if best is not study.evaluations[-1]:
+        return False
+    write_text(
+        config.storage / "best_config.yml", config.genes.config(best.genotype).to_yaml() + "\n"
+    )
+    return True
 
 
 def _line(config: EvolveConfig, study: Study, before: int, seconds: float) -> str:
@@ -251,6 +270,9 @@ def _line(config: EvolveConfig, study: Study, before: int, seconds: float) -> st
     if config.floors:
         feasible = sum(e.values is not None and not e.violation for e in study.evaluations)
         parts.append(f"feasible {feasible / done:.0%}")
+    stopped = sum(e.stopped is not None for e in study.evaluations)
+    if stopped:
+        parts.append(f"stopped early {stopped / done:.0%}")
     failed = sum(e.values is None for e in study.evaluations)
     if failed:
         parts.append(f"failed {failed}")

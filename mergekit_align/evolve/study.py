@@ -50,6 +50,13 @@ class Evaluation(NamedTuple):
     """Why it failed."""
     gradient: Array | None = None
     """Of the first value and of every violation, [1 + violations, genes]."""
+    stopped: int | None = None
+    """Samples after which it lost its race; values, violations and results are estimates then."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was scored on all samples."""
+        return self.values is not None and self.stopped is None
 
     @property
     def violation(self) -> float:
@@ -235,8 +242,12 @@ def _trial(evaluation: Evaluation, genes: Sequence[Gene]) -> optuna.trial.Frozen
         attributes["failure"] = evaluation.failure
     if evaluation.gradient is not None:
         attributes["gradient"] = evaluation.gradient.tolist()
+    state = TrialState.FAIL if evaluation.values is None else TrialState.COMPLETE
+    if evaluation.stopped is not None:
+        attributes["stopped"] = evaluation.stopped
+        state = TrialState.PRUNED
     trial = create_trial(
-        state=TrialState.FAIL if evaluation.values is None else TrialState.COMPLETE,
+        state=state,
         values=evaluation.values,
         params={
             gene.name: float(value) for gene, value in zip(genes, evaluation.genotype, strict=True)
@@ -263,4 +274,5 @@ def _evaluation(trial: optuna.trial.FrozenTrial) -> Evaluation:
         attributes["seed"],
         attributes.get("failure"),
         None if gradient is None else np.array(gradient, dtype=np.float64),
+        attributes.get("stopped"),
     )

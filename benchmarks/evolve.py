@@ -203,8 +203,8 @@ class Run(NamedTuple):
     @property
     def samples(self) -> int:
         """Samples that were read, by all candidates."""
-        slices = self.evaluator.fitness.reader.slices
-        every = sum(len(places) for each in slices for places in each.values())
+        tasks = self.evaluator.fitness.samples.whole.tasks
+        every = sum(len(task.instances) for task in tasks.values())
         return sum(each.stopped or every for each in self.result.evaluations)
 
 
@@ -251,8 +251,7 @@ def _by_sample(evaluator: Evaluator, found: Search) -> list[Any]:
     assert found.best is not None
     evaluator.merged.merge(found.config.genes.config(found.best.genotype))
     values: SampleValues = {}
-    for number in range(len(evaluator.fitness.reader.slices)):
-        evaluator.fitness.reader.read(number, values)
+    evaluator.fitness.samples.whole.read(values)
     return [task.weight * values[task.name, task.metric] for task in found.config.file.config.tasks]
 
 

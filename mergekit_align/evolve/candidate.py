@@ -11,12 +11,13 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.ascent import Ascent
+from mergekit_align.evolve.compact import compact
 from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.fitness import Fitness, Results, Scored
 from mergekit_align.evolve.genes import Array, Genotype
 from mergekit_align.evolve.merging import MergedModel
-from mergekit_align.evolve.racing import Race
-from mergekit_align.evolve.sample_values import Metric, SampleValues
+from mergekit_align.evolve.racing import Race, Standing, racing_metrics
+from mergekit_align.evolve.sample_values import SampleValues, SliceReader
 
 
 class Result(NamedTuple):
@@ -34,6 +35,14 @@ class Result(NamedTuple):
     """Samples after which it lost its race; its values are estimates then."""
     samples: SampleValues | None = None
     """What it made of every sample, where candidates race."""
+
+
+class _Course(NamedTuple):
+    """A race as it is run."""
+
+    standing: Standing
+    race: Race
+    slices: list[SliceReader]
 
 
 class Evaluator:
@@ -60,26 +69,20 @@ class Evaluator:
             metrics=[
                 *((floor.task, floor.metric) for floor in config.floors),
                 *config.objectives,
+                *(racing_metrics(config) if config.racing else []),
             ],
-            racing=config.racing,
         )
-        self._race: Race | None = None
-        if config.racing:
-            weights: dict[Metric, float] = {}
-            for task in config.file.config.tasks:
-                metric = task.name, task.metric
-                weights[metric] = weights.get(metric, 0.0) + task.weight
-            self._race = Race(weights, config.floors, self.fitness.reader.slices)
         self._ascent: Ascent | None = None
+        self._course: _Course | None = None
 
     def evaluate(
-        self, genotype: Genotype, *, gradient: bool = False, rival: SampleValues | None = None
+        self, genotype: Genotype, *, gradient: bool = False, standing: Standing | None = None
     ) -> Result:
         """Whatever a candidate fails with is its result; what the user can repair is raised.
 
         Args:
             gradient: find the gradients of the fitness and of the violations too.
-            rival: what the candidate that it races makes of every sample; by default it sees all.
+            standing: what it races; by default it sees every sample.
 
         Raises:
             InputError: the config cannot be used.
@@ -91,9 +94,8 @@ class Evaluator:
         try:
             if gradient:
                 scored, slopes = self._climb(genotype)
-            elif self._race is not None:
-                samples = {}
-                scored, stopped = self._run_race(self._race, genotype, samples, rival)
+            elif self._config.racing:
+                scored, stopped, samples = self._run(genotype, standing)
             else:
                 scored = self.score(self._config.genes.config(genotype))
             values = self._objectives(scored)
@@ -108,8 +110,6 @@ class Evaluator:
             floor.least - scored.results[floor.task][floor.metric] for floor in self._config.floors
         )
         seconds = time.monotonic() - started
-        if stopped is not None:
-            samples = None
         return Result(values, violations, scored.results, seconds, None, slopes, stopped, samples)
 
     def score(self, config: MergeConfiguration) -> Scored:
@@ -117,18 +117,28 @@ class Evaluator:
         self.merged.merge(config)
         return self.fitness.score()
 
-    def _run_race(
-        self, race: Race, genotype: Genotype, values: SampleValues, rival: SampleValues | None
-    ) -> tuple[Scored, int | None]:
-        """What a candidate is worth, and after how many samples it was stopped."""
+    def _run(
+        self, genotype: Genotype, standing: Standing | None
+    ) -> tuple[Scored, int | None, SampleValues | None]:
+        """What a candidate is worth, and after how many samples it lost, or what it made of all."""
         self.merged.merge(self._config.genes.config(genotype))
-        reader = self.fitness.reader
-        last = len(reader.slices) - 1
-        for stage in range(last + 1):
-            reader.read(stage, values)
-            if rival is not None and stage < last and race.is_lost(values, rival, stage):
-                return self.fitness.total(race.estimate(values, rival, stage)), race.samples(stage)
-        return self.fitness.total(reader.means(values)), None
+        samples = self.fitness.samples
+        values: SampleValues = {}
+        if standing is None:
+            samples.whole.read(values)
+        else:
+            if self._course is None or not _same(self._course.standing, standing):
+                race = Race(self._config, standing)
+                self._course = _Course(
+                    standing, race, [samples.slice(each) for each in race.slices]
+                )
+            _, race, slices = self._course
+            for stage, each in enumerate(slices):
+                each.read(values)
+                if stage < len(slices) - 1 and race.is_lost(values, stage):
+                    scored = self.fitness.total(race.estimate(values, stage))
+                    return scored, race.samples(stage), None
+        return self.fitness.total(samples.means(values)), None, compact(values)
 
     def _climb(self, genotype: Genotype) -> tuple[Scored, Array]:
         """What a candidate is worth, and the gradients of that and of its violations."""
@@ -148,3 +158,11 @@ class Evaluator:
         if not self._config.objectives:
             return (scored.score,)
         return tuple(scored.results[task][metric] for task, metric in self._config.objectives)
+
+
+def _same(one: Standing, other: Standing) -> bool:
+    """Whether they are equal: with several processes they are never the same object."""
+    return one is other or all(
+        mine.keys() == its.keys() and all(np.array_equal(mine[each], its[each]) for each in mine)
+        for mine, its in zip(one, other, strict=True)
+    )

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.evolve.racing import make_slices
 from mergekit_align.evolve.sample_values import SampleReader, SampleValues
 from mergekit_align.gradient import accumulate_decision_gradient, accumulate_logprob_gradient
 from mergekit_align.tasks.response import ResponseTask, encode_requests
@@ -48,7 +47,6 @@ class Fitness:
         batch_size: requests that the model answers at once; by default by length.
         metrics: task and metric of more numbers that are wanted; a response task's others are not
             computed.
-        racing: whether samples are read in slices, for candidates that may stop after each.
     """
 
     def __init__(
@@ -60,7 +58,6 @@ class Fitness:
         *,
         batch_size: int | None = None,
         metrics: Iterable[tuple[str, str]] = (),
-        racing: bool = False,
     ) -> None:
         self._config = config
         wanted = {*metrics, *((task.name, task.metric) for task in config.tasks)}
@@ -78,17 +75,15 @@ class Fitness:
                 self._responses[name] = next(iter(each["tasks"].values()))
             else:
                 self._others[name] = each
-        sizes = {name: len(self._build(task)) for name, task in self._responses.items()}
-        whole = {name: range(size) for name, size in sizes.items()}
-        slices = make_slices(sizes) if racing else [whole]
-        self.reader = SampleReader(self._responses, self._lm, wanted, slices, batch_size=batch_size)
+        for task in self._responses.values():
+            self._build(task)
+        self.samples = SampleReader(self._responses, self._lm, wanted, batch_size=batch_size)
 
     def score(self) -> Scored:
         """The fitness of the model as it is now."""
         values: SampleValues = {}
-        for number in range(len(self.reader.slices)):
-            self.reader.read(number, values)
-        results = self.reader.means(values)
+        self.samples.whole.read(values)
+        results = self.samples.means(values)
         if self._others:
             _seed_everything()
         for name, loaded in self._others.items():

@@ -17,7 +17,7 @@ from mergekit_align.evolve.candidate import Evaluator, Result
 from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.genes import Genotype
 from mergekit_align.evolve.pools import InProcess, Pool, RayPool
-from mergekit_align.evolve.sample_values import SampleValues
+from mergekit_align.evolve.racing import Field
 from mergekit_align.evolve.searchers import Outcome, Searcher, Space, make_searcher
 from mergekit_align.evolve.study import Evaluation, Study, open_study
 from mergekit_align.files import write_text
@@ -116,14 +116,14 @@ def search(
             else:
                 pool = InProcess(evaluator or cache(lambda: Evaluator(config)), gradient=gradient)
             running: set[int] = set()
-            rival = _rival(config, study, pool) if config.racing else None
+            field = _field(config, study.evaluations)
             while True:
                 left = config.evaluations - len(study.evaluations) - len(running)
                 while left > 0 and len(running) < pool.size and not ends():
                     number = asking.next(running)
                     if number is None:
                         break
-                    pool.submit(number, asking.pending[number], rival)
+                    pool.submit(number, asking.pending[number], field.standing)
                     running.add(number)
                     left -= 1
                 if not running:
@@ -131,8 +131,9 @@ def search(
                 number, result = pool.wait()
                 running.remove(number)
                 study.add(asking.answer(number, result, config.seed))
-                if _keep_best(config, study):
-                    rival = result.samples
+                best = _keep_best(config, study)
+                if result.samples is not None:
+                    field.add(result.samples, best=best)
                 progress(_line(config, study, before, time.monotonic() - started))
                 _check_failures(study.evaluations)
         return Search(config, study.evaluations, len(study.evaluations) - before, interrupted())
@@ -174,6 +175,7 @@ class Asking:
             result.failure,
             result.gradient,
             result.stopped,
+            result.samples,
         )
         self.tell(evaluation)
         return evaluation
@@ -237,13 +239,13 @@ def _dominates(one: Evaluation, other: Evaluation) -> bool:
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
-def _rival(config: EvolveConfig, study: Study, pool: Pool) -> SampleValues | None:
-    """What the best candidate of an earlier run makes of every sample: that is not in the study."""
-    best = best_of(config, study.evaluations)
-    if best is None:
-        return None
-    pool.submit(best.asked, best.genotype)
-    return pool.wait().result.samples
+def _field(config: EvolveConfig, evaluations: list[Evaluation]) -> Field:
+    """The candidates of an earlier run that have seen every sample."""
+    field = Field()
+    for count, each in enumerate(evaluations, 1):
+        if each.samples is not None:
+            field.add(each.samples, best=best_of(config, evaluations[:count]) is each)
+    return field
 
 
 def _keep_best(config: EvolveConfig, study: Study) -> bool:

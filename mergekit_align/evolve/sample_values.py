@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mergekit_align.encoding import EncodedSample
 from mergekit_align.evolve.genes import Array
 from mergekit_align.loss import ResponseReader
+from mergekit_align.openings import Openings
 from mergekit_align.tasks.response import ResponseTask, encode_requests
 
 if TYPE_CHECKING:
@@ -29,11 +32,38 @@ class _Needs(NamedTuple):
     decisions: bool
 
 
-class _Part(NamedTuple):
-    """Tasks of the same needs, in one slice."""
+class _Group(NamedTuple):
+    """Tasks of the same needs, encoded."""
 
-    places: list[tuple[str, Sequence[int]]]
-    reader: ResponseReader
+    needs: _Needs
+    starts: Mapping[str, int]
+    """Where each task's samples begin."""
+    encoded: list[EncodedSample]
+    openings: list[Openings | None]
+
+
+class SliceReader(NamedTuple):
+    """Reads some samples of every task, as often as it is asked to."""
+
+    tasks: Mapping[str, ResponseTask]
+    wanted: Collection[Metric]
+    parts: list[tuple[list[tuple[str, Sequence[int]]], ResponseReader]]
+    """Tasks with their places, and what reads these."""
+
+    def read(self, into: SampleValues) -> None:
+        """Add what the model as it is now makes of them."""
+        for places, reader in self.parts:
+            scores = iter(reader.scores())
+            for name, own in places:
+                task = self.tasks[name]
+                for place in own:
+                    found = task.process_results(task.instances[place].doc, [next(scores)])
+                    for metric, value in found.items():
+                        key = name, f"{metric},none"
+                        if key in self.wanted:
+                            if key not in into:
+                                into[key] = np.full(len(task.instances), np.nan)
+                            into[key][place] = value
 
 
 class SampleReader:
@@ -42,7 +72,6 @@ class SampleReader:
     Args:
         lm: lm-eval's wrapper of the model.
         wanted: what is read; a task's other metrics are not computed.
-        slices: what can be read by itself; every sample is in one of them.
     """
 
     def __init__(
@@ -50,48 +79,39 @@ class SampleReader:
         tasks: Mapping[str, ResponseTask],
         lm: Any,
         wanted: Collection[Metric],
-        slices: Sequence[Slice],
         *,
         batch_size: int | None = None,
     ) -> None:
         self._tasks = tasks
+        self._model: PreTrainedModel = lm.model
         self._wanted = wanted
-        self.slices = slices
-        self._parts: list[list[_Part]] = [[] for _ in slices]
+        self._batch_size = batch_size
+        self._groups: list[_Group] = []
         for needs in (_Needs(True, False), _Needs(False, True), _Needs(True, True)):
             names = [name for name in tasks if self._needs(name) == needs]
-            if not names:
-                continue
             requests = [each for name in names for each in tasks[name].instances]
-            encoded, openings = encode_requests(lm, requests)
-            starts = dict(zip(names, self._starts(names), strict=True))
-            for number, chosen in enumerate(slices):
-                places = [(name, chosen[name]) for name in names]
-                rows = [starts[name] + place for name, own in places for place in own]
-                model: PreTrainedModel = lm.model
-                reader = ResponseReader(
-                    model,
-                    [encoded[row] for row in rows],
-                    openings=[openings[row] for row in rows] if needs.decisions else None,
-                    max_batch_size=batch_size,
-                    responses=needs.responses,
-                )
-                self._parts[number].append(_Part(places, reader))
+            if requests:
+                sizes = [0, *(len(tasks[name].instances) for name in names)]
+                starts = dict(zip(names, accumulate(sizes), strict=False))
+                self._groups.append(_Group(needs, starts, *encode_requests(lm, requests)))
+        self.whole = self.slice({name: range(len(task.instances)) for name, task in tasks.items()})
+        """Every sample, in its order."""
 
-    def read(self, number: int, into: SampleValues) -> None:
-        """Add what the model as it is now makes of a slice."""
-        for places, reader in self._parts[number]:
-            scores = iter(reader.scores())
-            for name, own in places:
-                task = self._tasks[name]
-                for place in own:
-                    found = task.process_results(task.instances[place].doc, [next(scores)])
-                    for metric, value in found.items():
-                        key = name, f"{metric},none"
-                        if key in self._wanted:
-                            if key not in into:
-                                into[key] = np.full(len(task.instances), np.nan)
-                            into[key][place] = value
+    def slice(self, places: Slice) -> SliceReader:
+        """A reader of some samples."""
+        parts = []
+        for needs, starts, encoded, openings in self._groups:
+            own = [(name, places[name]) for name in starts if places.get(name)]
+            rows = [starts[name] + place for name, each in own for place in each]
+            reader = ResponseReader(
+                self._model,
+                [encoded[row] for row in rows],
+                openings=[openings[row] for row in rows] if needs.decisions else None,
+                max_batch_size=self._batch_size,
+                responses=needs.responses,
+            )
+            parts.append((own, reader))
+        return SliceReader(self._tasks, self._wanted, parts)
 
     def means(self, values: SampleValues) -> dict[str, dict[str, float]]:
         """The tasks' metrics, of samples that are read, all of them."""
@@ -105,7 +125,3 @@ class SampleReader:
         metrics = {metric for task, metric in self._wanted if task == name}
         decisions = {metric for metric in metrics if metric.startswith("decision_")}
         return _Needs(responses=metrics != decisions, decisions=bool(decisions))
-
-    def _starts(self, names: Sequence[str]) -> list[int]:
-        sizes = [len(self._tasks[name].instances) for name in names]
-        return [sum(sizes[:index]) for index in range(len(sizes))]

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mergekit_align.errors import InputError
+from mergekit_align.evolve.compact import read_compact, write_compact
 
 if TYPE_CHECKING:
     import optuna
 
     from mergekit_align.evolve.genes import Array, Gene, Genotype
+    from mergekit_align.evolve.sample_values import SampleValues
 
 NAME = "mergekit-align-evolve"
 _CONFIG = "config"
@@ -52,6 +54,8 @@ class Evaluation(NamedTuple):
     """Of the first value and of every violation, [1 + violations, genes]."""
     stopped: int | None = None
     """Samples after which it lost its race; values, violations and results are estimates then."""
+    samples: SampleValues | None = None
+    """What it made of every sample, where candidates race and it was not stopped."""
 
     @property
     def complete(self) -> bool:
@@ -246,6 +250,8 @@ def _trial(evaluation: Evaluation, genes: Sequence[Gene]) -> optuna.trial.Frozen
     if evaluation.stopped is not None:
         attributes["stopped"] = evaluation.stopped
         state = TrialState.PRUNED
+    if evaluation.samples is not None:
+        attributes["samples"] = write_compact(evaluation.samples)
     trial = create_trial(
         state=state,
         values=evaluation.values,
@@ -262,7 +268,7 @@ def _trial(evaluation: Evaluation, genes: Sequence[Gene]) -> optuna.trial.Frozen
 
 def _evaluation(trial: optuna.trial.FrozenTrial) -> Evaluation:
     attributes = trial.user_attrs
-    gradient = attributes.get("gradient")
+    gradient, samples = attributes.get("gradient"), attributes.get("samples")
     return Evaluation(
         np.array(attributes["genotype"], dtype=np.float64),
         attributes["asked"],
@@ -275,4 +281,5 @@ def _evaluation(trial: optuna.trial.FrozenTrial) -> Evaluation:
         attributes.get("failure"),
         None if gradient is None else np.array(gradient, dtype=np.float64),
         attributes.get("stopped"),
+        None if samples is None else read_compact(samples),
     )

@@ -55,12 +55,9 @@ class Field:
     def add(self, values: SampleValues, *, best: bool) -> None:
         """One more, and whether it is the best of them."""
         self._every.append(values)
-        spread = {
-            metric: np.std([each[metric] for each in self._every], axis=0)
-            + np.mean([_uncertainty(metric, each) for each in self._every], axis=0)
-            for metric in values
-        }
         rival = values if best or self.standing is None else self.standing.rival
+        others = [each for each in self._every if each is not rival]
+        spread = {metric: _spread(metric, rival, others) for metric in rival}
         self.standing = Standing(rival, spread)
 
 
@@ -195,6 +192,18 @@ def racing_metrics(config: EvolveConfig) -> list[Metric]:
     scored = [(task.name, task.metric) for task in config.file.config.tasks]
     scored += [(floor.task, floor.metric) for floor in config.floors]
     return [(name, _LOGPROB) for name, metric in scored if metric.startswith("decision_acc,")]
+
+
+def _spread(metric: Metric, rival: SampleValues, others: list[SampleValues]) -> Array:
+    """How far others are from the rival on each sample; where few are known, as uncertainty tells."""
+    unsure: Array = np.mean([_uncertainty(metric, each) for each in [rival, *others]], axis=0)
+    if not others:
+        return unsure
+    far = np.array([each[metric] - rival[metric] for each in others])
+    known: Array = np.sqrt((far**2).mean(axis=0))
+    # Of the same size: how uncertain a sample is says where candidates differ, not by how much.
+    size = float(np.sqrt((unsure**2).mean())) or 1.0
+    return known + unsure * (float(np.sqrt((known**2).mean())) / size)
 
 
 def _uncertainty(metric: Metric, values: SampleValues) -> Array:

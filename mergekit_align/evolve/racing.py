@@ -14,7 +14,7 @@ thousands of samples. Here the bound is the normal one of a stratified sample of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.genes import Array
+from mergekit_align.evolve.ranking import best_of
 from mergekit_align.evolve.sample_values import Metric, SampleValues, Slice
 from mergekit_align.evolve.strata import SHARES, stratify
 from mergekit_align.tasks import ResponseTask
@@ -29,6 +30,7 @@ from mergekit_align.tasks import ResponseTask
 if TYPE_CHECKING:
     from mergekit_align.evolve.config import EvolveConfig
     from mergekit_align.evolve.fitness import Results
+    from mergekit_align.evolve.study import Evaluation
 
 MISTAKES = 0.05
 """Share of the candidates as good as their rival that are stopped, at most."""
@@ -43,22 +45,29 @@ class Standing(NamedTuple):
     spread: Mapping[Metric, Array]
     """Of each metric how much it is known to vary on every sample, [samples]."""
 
+    @classmethod
+    def of(cls, rival: SampleValues, others: Sequence[SampleValues]) -> Standing:
+        return cls(rival, {metric: _spread(metric, rival, others) for metric in rival})
+
 
 class Field:
     """The candidates of a search that have seen every sample."""
 
-    def __init__(self) -> None:
-        self._every: list[SampleValues] = []
+    def __init__(self, config: EvolveConfig) -> None:
+        self._config = config
+        self._complete: list[Evaluation] = []
         self.standing: Standing | None = None
-        """`None` as long as there are none."""
+        """`None` as long as there are none, or candidates do not race."""
 
-    def add(self, values: SampleValues, *, best: bool) -> None:
-        """One more, and whether it is the best of them."""
-        self._every.append(values)
-        rival = values if best or self.standing is None else self.standing.rival
-        others = [each for each in self._every if each is not rival]
-        spread = {metric: _spread(metric, rival, others) for metric in rival}
-        self.standing = Standing(rival, spread)
+    def add(self, evaluation: Evaluation) -> None:
+        """One more evaluation of the search."""
+        if evaluation.samples is None:
+            return
+        self._complete.append(evaluation)
+        best = best_of(self._config, self._complete)
+        others = [each.samples for each in self._complete if each.samples and each is not best]
+        if best is not None and best.samples is not None:
+            self.standing = Standing.of(best.samples, others)
 
 
 class Race:
@@ -194,7 +203,7 @@ def racing_metrics(config: EvolveConfig) -> list[Metric]:
     return [(name, _LOGPROB) for name, metric in scored if metric.startswith("decision_acc,")]
 
 
-def _spread(metric: Metric, rival: SampleValues, others: list[SampleValues]) -> Array:
+def _spread(metric: Metric, rival: SampleValues, others: Sequence[SampleValues]) -> Array:
     """How far others are from the rival on each sample; where few are known, as uncertainty tells."""
     unsure: Array = np.mean([_uncertainty(metric, each) for each in [rival, *others]], axis=0)
     if not others:

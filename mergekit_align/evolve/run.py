@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -18,6 +17,7 @@ from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.genes import Genotype
 from mergekit_align.evolve.pools import InProcess, Pool, RayPool
 from mergekit_align.evolve.racing import Field
+from mergekit_align.evolve.ranking import best_of, dominates, fitness_of
 from mergekit_align.evolve.searchers import Outcome, Searcher, Space, make_searcher
 from mergekit_align.evolve.study import Evaluation, Study, open_study
 from mergekit_align.files import write_text
@@ -49,7 +49,7 @@ class Search(NamedTuple):
     def front(self) -> list[Evaluation]:
         """Feasible evaluations that no other is better than in every objective."""
         feasible = [each for each in self.evaluations if each.complete and not each.violation]
-        return [each for each in feasible if not any(_dominates(o, each) for o in feasible)]
+        return [each for each in feasible if not any(dominates(o, each) for o in feasible)]
 
 
 Progress = Callable[[str], None]
@@ -116,7 +116,9 @@ def search(
             else:
                 pool = InProcess(evaluator or cache(lambda: Evaluator(config)), gradient=gradient)
             running: set[int] = set()
-            field = _field(config, study.evaluations)
+            field = Field(config)
+            for each in study.evaluations:
+                field.add(each)
             while True:
                 left = config.evaluations - len(study.evaluations) - len(running)
                 while left > 0 and len(running) < pool.size and not ends():
@@ -131,9 +133,8 @@ def search(
                 number, result = pool.wait()
                 running.remove(number)
                 study.add(asking.answer(number, result, config.seed))
-                best = _keep_best(config, study)
-                if result.samples is not None:
-                    field.add(result.samples, best=best)
+                field.add(study.evaluations[-1])
+                _keep_best(config, study)
                 progress(_line(config, study, before, time.monotonic() - started))
                 _check_failures(study.evaluations)
         return Search(config, study.evaluations, len(study.evaluations) - before, interrupted())
@@ -207,56 +208,12 @@ def replay(searcher: Searcher, evaluations: list[Evaluation], where: str) -> Ask
     return asking
 
 
-def best_of(config: EvolveConfig, evaluations: list[Evaluation]) -> Evaluation | None:
-    """The feasible evaluation of the highest fitness, else the one that misses its floors least.
-
-    None that was stopped early: its values are estimates.
-    """
-    scored = [each for each in evaluations if each.complete]
-
-    def rank(evaluation: Evaluation) -> tuple[float, float]:
-        return (-evaluation.violation, fitness_of(config, evaluation))
-
-    return max(scored, key=rank, default=None)
-
-
-def fitness_of(config: EvolveConfig, evaluation: Evaluation) -> float:
-    """The weighted sum of the config's metrics; with `objectives` it is not what was searched for."""
-    if evaluation.values is None:
-        return -math.inf
-    if not config.objectives:
-        return evaluation.values[0]
-    return float(
-        sum(
-            evaluation.results[task.name][task.metric] * task.weight
-            for task in config.file.config.tasks
-        )
-    )
-
-
-def _dominates(one: Evaluation, other: Evaluation) -> bool:
-    pairs = list(zip(one.values or (), other.values or (), strict=True))
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
-
-
-def _field(config: EvolveConfig, evaluations: list[Evaluation]) -> Field:
-    """The candidates of an earlier run that have seen every sample."""
-    field = Field()
-    for count, each in enumerate(evaluations, 1):
-        if each.samples is not None:
-            field.add(each.samples, best=best_of(config, evaluations[:count]) is each)
-    return field
-
-
-def _keep_best(config: EvolveConfig, study: Study) -> bool:
-    """Whether the last evaluation is the best."""
+def _keep_best(config: EvolveConfig, study: Study) -> None:
     best = best_of(config, study.evaluations)
-    if best is not study.evaluations[-1]:
-        return False
-    write_text(
-        config.storage / "best_config.yml", config.genes.config(best.genotype).to_yaml() + "\n"
-    )
-    return True
+    if best is study.evaluations[-1]:
+        write_text(
+            config.storage / "best_config.yml", config.genes.config(best.genotype).to_yaml() + "\n"
+        )
 
 
 def _line(config: EvolveConfig, study: Study, before: int, seconds: float) -> str:

@@ -37,6 +37,11 @@ class Candidate(NamedTuple):
     stopped: bool = False
     """Whether it lost its race early: its numbers are estimates then."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether it was scored on all samples."""
+        return self.values is not None and not self.stopped
+
     def result(self, metric: Metric) -> float:
         """The value of a metric; `nan` where there is none."""
         return float(self.results.get(metric[0], {}).get(metric[1], math.nan))
@@ -56,7 +61,7 @@ class StudyRecord(NamedTuple):
     @property
     def best(self) -> Candidate | None:
         """The fittest feasible candidate, or the one that misses least; `None` if all failed."""
-        whole = [each for each in self.candidates if each.values is not None and not each.stopped]
+        whole = [each for each in self.candidates if each.complete]
         return max(whole, key=lambda each: (-each.violation, each.fitness), default=None)
 
     @property

@@ -209,3 +209,13 @@ def test_bad_input_is_one_line(
     result = CliRunner().invoke(main, [str(path)])
     assert result.exit_code == 2, result.output
     assert f"{path}: {line}" in result.output.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_workers_race_too(write_config: WriteConfig, tmp_path: Path, cluster: None) -> None:
+    found = search(raced(write_config, tmp_path / "raced"), workers=2)
+    assert sorted(each.asked for each in found.evaluations) == list(range(6))
+    assert all(each.failure is None for each in found.evaluations)
+    assert any(each.stopped is not None for each in found.evaluations)
+    assert found.best is not None
+    assert found.best.complete

@@ -3,11 +3,14 @@
     python benchmarks/evolve.py evaluations demo-world     # against mergekit-evolve on disk
     python benchmarks/evolve.py merge BASE MODEL MODEL     # merge steps against mergekit's kernels
     python benchmarks/evolve.py gradient demo-world        # gradient against CMA-ES
+    python benchmarks/evolve.py racing demo-world          # candidates that stop early against exact
 
 `evaluations` runs examples/genomic.yml, `--limit` samples a task, with few and with many evaluations,
 so that the difference is evaluations alone; wall time, one candidate at a time on both sides. `merge`
 gives the processor time of a step that changes every weight and density, and the time that copying the
-same bytes takes. `gradient` compares the same fitness on the same samples, in processor time.
+same bytes takes. `gradient` compares the same fitness on the same samples, in processor time. `racing`
+does so for CMA-ES on examples/genomic.yml, and gives both results' fitness on all samples, with the 95%
+interval of their difference, the samples being paired.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -30,8 +33,9 @@ from mergekit.options import MergeOptions
 from rich.console import Console
 from rich.table import Table
 
-from mergekit_align.evolve import read_config, search
+from mergekit_align.evolve import Evaluator, Search, read_config, search
 from mergekit_align.evolve.merging import MergedModel
+from mergekit_align.evolve.sample_values import SampleValues
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONSOLE = Console()
@@ -188,13 +192,78 @@ def gradient(world: Path, limit: int | None) -> dict[str, Any]:
     return found
 
 
+class Run(NamedTuple):
+    """A search of examples/genomic.yml."""
+
+    result: Search
+    evaluator: Evaluator
+    seconds: float
+    """Processor time, without setting up."""
+
+    @property
+    def samples(self) -> int:
+        """Samples that were read, by all candidates."""
+        tasks = self.evaluator.fitness.samples.whole.tasks
+        every = sum(len(task.instances) for task in tasks.values())
+        return sum(each.stopped or every for each in self.result.evaluations)
+
+
+def racing(world: Path, limit: int | None, seeds: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    table = Table("seed", "", "exact", "racing", "racing / exact")
+    _search(world, 1, 0, racing=False, count=1)  # imports count for neither
+    for seed in range(seeds):
+        runs = [_search(world, limit, seed, racing=on) for on in (False, True)]
+        for label, both in (
+            ("samples read", [float(each.samples) for each in runs]),
+            ("processor seconds", [each.seconds for each in runs]),
+        ):
+            cells = [f"{each:.0f}" for each in both]
+            table.add_row(str(seed), label, *cells, f"{both[1] / both[0]:.2f}")
+            found[f"{label}, {seed}"] = both
+        best = [_by_sample(runs[0].evaluator, each.result) for each in runs]
+        fitness = [float(sum(each.mean() for each in own)) for own in best]
+        differences = [other - own for own, other in zip(*best, strict=True)]
+        error = sum(each.var(ddof=1) / len(each) for each in differences) ** 0.5
+        interval = f"{fitness[1] - fitness[0]:+.4f} ± {1.96 * error:.4f}"
+        table.add_row(str(seed), "best's fitness", *(f"{each:.4f}" for each in fitness), interval)
+        found[f"fitness, {seed}"] = fitness
+        found[f"standard error of the difference, {seed}"] = float(error)
+    CONSOLE.print(table)
+    return found
+
+
+def _search(world: Path, limit: int | None, seed: int, *, racing: bool, count: int = 100) -> Run:
+    with tempfile.TemporaryDirectory() as place:
+        content = example("genomic", world, Path(place) / "out", racing=racing)
+        content["align"] |= {"random_seed": seed, "max_fevals": count}
+        content["limit"] = limit
+        path = Path(place) / "config.yml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        config = read_config(path)
+        evaluator = Evaluator(config)
+        started = time.process_time()
+        result = search(config, evaluator=lambda: evaluator)
+        return Run(result, evaluator, time.process_time() - started)
+
+
+def _by_sample(evaluator: Evaluator, found: Search) -> list[Any]:
+    """What the best candidate's fitness is made of: of every task its weighted values, [samples]."""
+    assert found.best is not None
+    evaluator.merged.merge(found.config.genes.config(found.best.genotype))
+    values: SampleValues = {}
+    evaluator.fitness.samples.whole.read(values)
+    return [task.weight * values[task.name, task.metric] for task in found.config.file.config.tasks]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["evaluations", "merge", "gradient"])
+    parser.add_argument("what", choices=["evaluations", "merge", "gradient", "racing"])
     parser.add_argument("paths", nargs="+", help="the demo world; or base and models")
     parser.add_argument("--limit", type=int, help="samples a task")
+    parser.add_argument("--seeds", type=int, default=3, help="of `racing`")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     CONSOLE.print(f"{name()}, {torch.get_num_threads()} threads")
@@ -202,6 +271,8 @@ def main() -> None:
         found = merge(arguments.paths[0], arguments.paths[1:])
     elif arguments.what == "evaluations":
         found = evaluations(Path(arguments.paths[0]), arguments.limit)
+    elif arguments.what == "racing":
+        found = racing(Path(arguments.paths[0]), arguments.limit, arguments.seeds)
     else:
         found = gradient(Path(arguments.paths[0]), arguments.limit)
     if arguments.json:

@@ -106,6 +106,8 @@ class AlignSection(BaseModel):
     """Where the search starts: a mergekit config with weights, or another search's journal."""
     grid_points: int = Field(default=5, ge=2)
     """Values of each gene for the searcher `grid`."""
+    racing: bool = False
+    """Whether candidates see the samples in growing slices, and one that is losing stops early."""
 
 
 def parse_align_section(content: dict[str, Any], file: str | os.PathLike[str]) -> AlignSection:

@@ -11,10 +11,13 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.ascent import Ascent
+from mergekit_align.evolve.compact import compact
 from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.fitness import Fitness, Results, Scored
 from mergekit_align.evolve.genes import Array, Genotype
 from mergekit_align.evolve.merging import MergedModel
+from mergekit_align.evolve.racing import Race, Standing, racing_metrics
+from mergekit_align.evolve.sample_values import SampleValues, SliceReader
 
 
 class Result(NamedTuple):
@@ -28,6 +31,18 @@ class Result(NamedTuple):
     seconds: float
     failure: str | None = None
     gradient: Array | None = None
+    stopped: int | None = None
+    """Samples after which it lost its race; its values are estimates then."""
+    samples: SampleValues | None = None
+    """What it made of every sample, where candidates race."""
+
+
+class _Course(NamedTuple):
+    """A race as it is run."""
+
+    standing: Standing
+    race: Race
+    slices: list[SliceReader]
 
 
 class Evaluator:
@@ -54,25 +69,33 @@ class Evaluator:
             metrics=[
                 *((floor.task, floor.metric) for floor in config.floors),
                 *config.objectives,
+                *(racing_metrics(config) if config.racing else []),
             ],
         )
-
         self._ascent: Ascent | None = None
+        self._course: _Course | None = None
 
-    def evaluate(self, genotype: Genotype, *, gradient: bool = False) -> Result:
+    def evaluate(
+        self, genotype: Genotype, *, gradient: bool = False, standing: Standing | None = None
+    ) -> Result:
         """Whatever a candidate fails with is its result; what the user can repair is raised.
 
         Args:
             gradient: find the gradients of the fitness and of the violations too.
+            standing: what it races; by default it sees every sample.
 
         Raises:
             InputError: the config cannot be used.
         """
         started = time.monotonic()
         slopes: Array | None = None
+        stopped: int | None = None
+        samples: SampleValues | None = None
         try:
             if gradient:
                 scored, slopes = self._climb(genotype)
+            elif self._config.racing:
+                scored, stopped, samples = self._run(genotype, standing)
             else:
                 scored = self.score(self._config.genes.config(genotype))
             values = self._objectives(scored)
@@ -87,12 +110,35 @@ class Evaluator:
             floor.least - scored.results[floor.task][floor.metric] for floor in self._config.floors
         )
         seconds = time.monotonic() - started
-        return Result(values, violations, scored.results, seconds, None, slopes)
+        return Result(values, violations, scored.results, seconds, None, slopes, stopped, samples)
 
     def score(self, config: MergeConfiguration) -> Scored:
         """What the model merged by any mergekit config is worth."""
         self.merged.merge(config)
         return self.fitness.score()
+
+    def _run(
+        self, genotype: Genotype, standing: Standing | None
+    ) -> tuple[Scored, int | None, SampleValues | None]:
+        """What a candidate is worth, and after how many samples it lost, or what it made of all."""
+        self.merged.merge(self._config.genes.config(genotype))
+        samples = self.fitness.samples
+        values: SampleValues = {}
+        if standing is None:
+            samples.whole.read(values)
+        else:
+            if self._course is None or not _same(self._course.standing, standing):
+                race = Race(self._config, standing)
+                self._course = _Course(
+                    standing, race, [samples.slice(each) for each in race.slices]
+                )
+            _, race, slices = self._course
+            for stage, each in enumerate(slices):
+                each.read(values)
+                if stage < len(slices) - 1 and race.is_lost(values, stage):
+                    scored = self.fitness.total(race.estimate(values, stage))
+                    return scored, race.samples(stage), None
+        return self.fitness.total(samples.means(values)), None, compact(values)
 
     def _climb(self, genotype: Genotype) -> tuple[Scored, Array]:
         """What a candidate is worth, and the gradients of that and of its violations."""
@@ -112,3 +158,11 @@ class Evaluator:
         if not self._config.objectives:
             return (scored.score,)
         return tuple(scored.results[task][metric] for task, metric in self._config.objectives)
+
+
+def _same(one: Standing, other: Standing) -> bool:
+    """Whether they are equal: with several processes they are never the same object."""
+    return one is other or all(
+        mine.keys() == its.keys() and all(np.array_equal(mine[each], its[each]) for each in mine)
+        for mine, its in zip(one, other, strict=True)
+    )

@@ -15,6 +15,7 @@ from mergekit_align.devices import check_device, default_device, default_dtype
 from mergekit_align.errors import InputError, closest
 from mergekit_align.evolve.ascent import check_differentiable
 from mergekit_align.evolve.genes import Genes
+from mergekit_align.evolve.racing import check_racing
 from mergekit_align.evolve.searchers import MULTI_OBJECTIVE, SEARCHERS
 from mergekit_align.fingerprint import model_fingerprint
 from mergekit_align.genome_config import GenomeFile, read_genome
@@ -54,6 +55,11 @@ class EvolveConfig(NamedTuple):
     """What `read_config` was given beside the file."""
 
     @property
+    def racing(self) -> bool:
+        """Whether candidates that are losing are stopped early."""
+        return self.file.section.racing
+
+    @property
     def path(self) -> str:
         return self.file.path
 
@@ -90,6 +96,7 @@ class EvolveConfig(NamedTuple):
                     "grid_points",
                 },
             ),
+            **({"racing": True} if self.racing else {}),
             "random_seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
             "models": {str(model): model_fingerprint(model.model.path) for model in models},
@@ -174,6 +181,8 @@ def read_config(
     check_for_naughty_config(file.config, allow=True)  # which warns of benchmarks among the tasks
     if name == "gradient":
         check_differentiable(config)
+    if config.racing:
+        check_racing(config)
     return config
 
 

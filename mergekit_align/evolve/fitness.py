@@ -1,7 +1,7 @@
 """The fitness of the one model that every candidate is, as the stock search defines it.
 
 Tasks are loaded, their requests built and their samples encoded once. Response tasks are read straight
-from the model, all in one; any other task goes through lm-eval, with the seeds that it would have.
+from the model; any other task goes through lm-eval, with the seeds that it would have.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from mergekit_align.encoding import EncodedSample
+from mergekit_align.evolve.sample_values import SampleReader, SampleValues
 from mergekit_align.gradient import accumulate_decision_gradient, accumulate_logprob_gradient
-from mergekit_align.loss import ResponseReader, ResponseScore
 from mergekit_align.tasks.response import ResponseTask, encode_requests
 
 if TYPE_CHECKING:
@@ -37,13 +37,6 @@ class Scored(NamedTuple):
     score: float
     """The weighted sum of the config's metrics."""
     results: Results
-
-
-class _Needs(NamedTuple):
-    """What a response task's metrics are made of."""
-
-    responses: bool
-    decisions: bool
 
 
 class Fitness:
@@ -67,7 +60,7 @@ class Fitness:
         metrics: Iterable[tuple[str, str]] = (),
     ) -> None:
         self._config = config
-        self._wanted = {*metrics, *((task.name, task.metric) for task in config.tasks)}
+        wanted = {*metrics, *((task.name, task.metric) for task in config.tasks)}
         self._lm = _wrapped(model, tokenizer, batch_size)
         self._responses: dict[str, ResponseTask] = {}
         self._encoded: dict[str, tuple[list[EncodedSample], list[Any]]] = {}
@@ -82,24 +75,15 @@ class Fitness:
                 self._responses[name] = next(iter(each["tasks"].values()))
             else:
                 self._others[name] = each
-        self._readers: list[tuple[list[str], ResponseReader]] = []
-        for needs in (_Needs(True, False), _Needs(False, True), _Needs(True, True)):
-            names = [name for name in self._responses if self._needs(name) == needs]
-            requests = [each for name in names for each in self._build(self._responses[name])]
-            if requests:
-                encoded, openings = encode_requests(self._lm, requests)
-                reader = ResponseReader(
-                    model,
-                    encoded,
-                    openings=openings if needs.decisions else None,
-                    max_batch_size=batch_size,
-                    responses=needs.responses,
-                )
-                self._readers.append((names, reader))
+        for task in self._responses.values():
+            self._build(task)
+        self.samples = SampleReader(self._responses, self._lm, wanted, batch_size=batch_size)
 
     def score(self) -> Scored:
         """The fitness of the model as it is now."""
-        results = self._score_responses()
+        values: SampleValues = {}
+        self.samples.whole.read(values)
+        results = self.samples.means(values)
         if self._others:
             _seed_everything()
         for name, loaded in self._others.items():
@@ -142,23 +126,6 @@ class Fitness:
             )
         requests: Sequence[Any] = task.instances
         return requests
-
-    def _needs(self, name: str) -> _Needs:
-        metrics = {metric for task, metric in self._wanted if task == name}
-        decisions = {metric for metric in metrics if metric.startswith("decision_")}
-        return _Needs(responses=metrics != decisions, decisions=bool(decisions))
-
-    def _score_responses(self) -> Results:
-        results: Results = {}
-        for names, reader in self._readers:
-            scores = iter(reader.scores())
-            for name in names:
-                task = self._responses[name]
-                means = _means(task, [next(scores) for _ in task.instances])
-                results[name] = {
-                    metric: mean for metric, mean in means.items() if (name, metric) in self._wanted
-                }
-        return {name: results[name] for name in self._responses}
 
     def _score_other(self, name: str, loaded: Any) -> dict[str, float]:
         from lm_eval import evaluator
@@ -204,15 +171,6 @@ def _is_response_task(loaded: Any) -> bool:
         and isinstance(tasks[0], ResponseTask)
         and [each.name for each in tasks[0]._filters] == ["none"]
     )
-
-
-def _means(task: ResponseTask, scores: Sequence[ResponseScore]) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    for request, score in zip(task.instances, scores, strict=True):
-        for metric, value in task.process_results(request.doc, [score]).items():
-            values.setdefault(metric, []).append(value)
-    aggregate = task.aggregation()
-    return {f"{metric},none": float(aggregate[metric](each)) for metric, each in values.items()}
 
 
 def _set_few_shot(task: Any, count: int | None) -> None:

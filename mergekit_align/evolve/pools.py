@@ -16,6 +16,7 @@ from mergekit_align.errors import InputError
 from mergekit_align.evolve.candidate import Evaluator, Result
 from mergekit_align.evolve.config import EvolveConfig, read_config
 from mergekit_align.evolve.genes import Genotype
+from mergekit_align.evolve.racing import Standing
 
 ADDRESS_TIMEOUT = 20.0
 """Seconds in which a cluster must answer."""
@@ -34,8 +35,8 @@ class Pool(ABC):
     size: int
 
     @abstractmethod
-    def submit(self, number: int, genotype: Genotype) -> None:
-        """Begin with a candidate; there are fewer than `size`."""
+    def submit(self, number: int, genotype: Genotype, standing: Standing | None = None) -> None:
+        """Begin with a candidate, which races `standing`; there are fewer than `size`."""
 
     @abstractmethod
     def wait(self) -> Done:
@@ -54,15 +55,18 @@ class InProcess(Pool):
     def __init__(self, evaluator: Callable[[], Evaluator], *, gradient: bool) -> None:
         self._evaluator = evaluator
         self._gradient = gradient
-        self._next: tuple[int, Genotype] | None = None
+        self._next: tuple[int, Genotype, Standing | None] | None = None
 
-    def submit(self, number: int, genotype: Genotype) -> None:
-        self._next = number, genotype
+    def submit(self, number: int, genotype: Genotype, standing: Standing | None = None) -> None:
+        self._next = number, genotype, standing
 
     def wait(self) -> Done:
         assert self._next is not None
-        number, genotype = self._next
-        return Done(number, self._evaluator().evaluate(genotype, gradient=self._gradient))
+        number, genotype, standing = self._next
+        evaluator = self._evaluator()
+        return Done(
+            number, evaluator.evaluate(genotype, gradient=self._gradient, standing=standing)
+        )
 
 
 class RayPool(Pool):
@@ -83,7 +87,7 @@ class RayPool(Pool):
         self.size = count
         self._config = config
         self._gradient = gradient
-        self._running: dict[Any, tuple[int, Genotype, Any]] = {}
+        self._running: dict[Any, tuple[int, Genotype, Standing | None, Any]] = {}
         if address is not None:
             _check_answers(address)
         if not ray.is_initialized():
@@ -95,10 +99,10 @@ class RayPool(Pool):
         self._actor = ray.remote(num_cpus=1, num_gpus=int(kind == "GPU"))(_Worker)
         self._idle = [self._start() for _ in range(count)]
 
-    def submit(self, number: int, genotype: Genotype) -> None:
+    def submit(self, number: int, genotype: Genotype, standing: Standing | None = None) -> None:
         worker = self._idle.pop()
-        reference = worker.evaluate.remote(genotype, self._gradient)
-        self._running[reference] = number, genotype, worker
+        reference = worker.evaluate.remote(genotype, self._gradient, standing)
+        self._running[reference] = number, genotype, standing, worker
 
     def wait(self) -> Done:
         import ray
@@ -106,7 +110,7 @@ class RayPool(Pool):
 
         while True:
             (reference,), _ = ray.wait(list(self._running), num_returns=1)
-            number, genotype, worker = self._running.pop(reference)
+            number, genotype, standing, worker = self._running.pop(reference)
             try:
                 result = ray.get(reference)
             except RayTaskError as error:
@@ -115,7 +119,7 @@ class RayPool(Pool):
                 raise
             except RayActorError:
                 self._idle.append(self._start())
-                self.submit(number, genotype)
+                self.submit(number, genotype, standing)
                 continue
             self._idle.append(worker)
             return Done(number, result)
@@ -130,8 +134,8 @@ class _Worker:
     def __init__(self, path: str, given: dict[str, Any]) -> None:
         self._evaluator = Evaluator(read_config(path, **given))
 
-    def evaluate(self, genotype: Genotype, gradient: bool) -> Result:
-        return self._evaluator.evaluate(genotype.copy(), gradient=gradient)
+    def evaluate(self, genotype: Genotype, gradient: bool, standing: Standing | None) -> Result:
+        return self._evaluator.evaluate(genotype.copy(), gradient=gradient, standing=standing)
 
 
 def _check_answers(address: str) -> None:

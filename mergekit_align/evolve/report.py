@@ -13,7 +13,8 @@ from mergekit_align.evolve.candidate import Evaluator
 from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.fitness import Results
 from mergekit_align.evolve.memory import check_memory, memory_needed
-from mergekit_align.evolve.run import Search, fitness_of
+from mergekit_align.evolve.ranking import fitness_of
+from mergekit_align.evolve.run import Search
 from mergekit_align.files import write_text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +16,8 @@ from mergekit_align.evolve.candidate import Evaluator, Result
 from mergekit_align.evolve.config import EvolveConfig
 from mergekit_align.evolve.genes import Genotype
 from mergekit_align.evolve.pools import InProcess, Pool, RayPool
+from mergekit_align.evolve.racing import Field
+from mergekit_align.evolve.ranking import best_of, dominates, fitness_of
 from mergekit_align.evolve.searchers import Outcome, Searcher, Space, make_searcher
 from mergekit_align.evolve.study import Evaluation, Study, open_study
 from mergekit_align.files import write_text
@@ -47,8 +48,8 @@ class Search(NamedTuple):
     @property
     def front(self) -> list[Evaluation]:
         """Feasible evaluations that no other is better than in every objective."""
-        feasible = [each for each in self.evaluations if each.values and not each.violation]
-        return [each for each in feasible if not any(_dominates(o, each) for o in feasible)]
+        feasible = [each for each in self.evaluations if each.complete and not each.violation]
+        return [each for each in feasible if not any(dominates(o, each) for o in feasible)]
 
 
 Progress = Callable[[str], None]
@@ -115,13 +116,16 @@ def search(
             else:
                 pool = InProcess(evaluator or cache(lambda: Evaluator(config)), gradient=gradient)
             running: set[int] = set()
+            field = Field(config)
+            for each in study.evaluations:
+                field.add(each)
             while True:
                 left = config.evaluations - len(study.evaluations) - len(running)
                 while left > 0 and len(running) < pool.size and not ends():
                     number = asking.next(running)
                     if number is None:
                         break
-                    pool.submit(number, asking.pending[number])
+                    pool.submit(number, asking.pending[number], field.standing)
                     running.add(number)
                     left -= 1
                 if not running:
@@ -129,6 +133,7 @@ def search(
                 number, result = pool.wait()
                 running.remove(number)
                 study.add(asking.answer(number, result, config.seed))
+                field.add(study.evaluations[-1])
                 _keep_best(config, study)
                 progress(_line(config, study, before, time.monotonic() - started))
                 _check_failures(study.evaluations)
@@ -170,6 +175,8 @@ class Asking:
             seed,
             result.failure,
             result.gradient,
+            result.stopped,
+            result.samples,
         )
         self.tell(evaluation)
         return evaluation
@@ -201,35 +208,6 @@ def replay(searcher: Searcher, evaluations: list[Evaluation], where: str) -> Ask
     return asking
 
 
-def best_of(config: EvolveConfig, evaluations: list[Evaluation]) -> Evaluation | None:
-    """The feasible evaluation of the highest fitness, else the one that misses its floors least."""
-    scored = [each for each in evaluations if each.values is not None]
-
-    def rank(evaluation: Evaluation) -> tuple[float, float]:
-        return (-evaluation.violation, fitness_of(config, evaluation))
-
-    return max(scored, key=rank, default=None)
-
-
-def fitness_of(config: EvolveConfig, evaluation: Evaluation) -> float:
-    """The weighted sum of the config's metrics; with `objectives` it is not what was searched for."""
-    if evaluation.values is None:
-        return -math.inf
-    if not config.objectives:
-        return evaluation.values[0]
-    return float(
-        sum(
-            evaluation.results[task.name][task.metric] * task.weight
-            for task in config.file.config.tasks
-        )
-    )
-
-
-def _dominates(one: Evaluation, other: Evaluation) -> bool:
-    pairs = list(zip(one.values or (), other.values or (), strict=True))
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
-
-
 def _keep_best(config: EvolveConfig, study: Study) -> None:
     best = best_of(config, study.evaluations)
     if best is study.evaluations[-1]:
@@ -251,6 +229,9 @@ def _line(config: EvolveConfig, study: Study, before: int, seconds: float) -> st
     if config.floors:
         feasible = sum(e.values is not None and not e.violation for e in study.evaluations)
         parts.append(f"feasible {feasible / done:.0%}")
+    stopped = sum(e.stopped is not None for e in study.evaluations)
+    if stopped:
+        parts.append(f"stopped early {stopped / done:.0%}")
     failed = sum(e.values is None for e in study.evaluations)
     if failed:
         parts.append(f"failed {failed}")

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mergekit_align.errors import InputError
+from mergekit_align.evolve.compact import read_compact, write_compact
 
 if TYPE_CHECKING:
     import optuna
 
     from mergekit_align.evolve.genes import Array, Gene, Genotype
+    from mergekit_align.evolve.sample_values import SampleValues
 
 NAME = "mergekit-align-evolve"
 _CONFIG = "config"
@@ -50,6 +52,15 @@ class Evaluation(NamedTuple):
     """Why it failed."""
     gradient: Array | None = None
     """Of the first value and of every violation, [1 + violations, genes]."""
+    stopped: int | None = None
+    """Samples after which it lost its race; values, violations and results are estimates then."""
+    samples: SampleValues | None = None
+    """What it made of every sample, where candidates race and it was not stopped."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was scored on all samples."""
+        return self.values is not None and self.stopped is None
 
     @property
     def violation(self) -> float:
@@ -235,8 +246,14 @@ def _trial(evaluation: Evaluation, genes: Sequence[Gene]) -> optuna.trial.Frozen
         attributes["failure"] = evaluation.failure
     if evaluation.gradient is not None:
         attributes["gradient"] = evaluation.gradient.tolist()
+    state = TrialState.FAIL if evaluation.values is None else TrialState.COMPLETE
+    if evaluation.stopped is not None:
+        attributes["stopped"] = evaluation.stopped
+        state = TrialState.PRUNED
+    if evaluation.samples is not None:
+        attributes["samples"] = write_compact(evaluation.samples)
     trial = create_trial(
-        state=TrialState.FAIL if evaluation.values is None else TrialState.COMPLETE,
+        state=state,
         values=evaluation.values,
         params={
             gene.name: float(value) for gene, value in zip(genes, evaluation.genotype, strict=True)
@@ -251,7 +268,7 @@ def _trial(evaluation: Evaluation, genes: Sequence[Gene]) -> optuna.trial.Frozen
 
 def _evaluation(trial: optuna.trial.FrozenTrial) -> Evaluation:
     attributes = trial.user_attrs
-    gradient = attributes.get("gradient")
+    gradient, samples = attributes.get("gradient"), attributes.get("samples")
     return Evaluation(
         np.array(attributes["genotype"], dtype=np.float64),
         attributes["asked"],
@@ -263,4 +280,6 @@ def _evaluation(trial: optuna.trial.FrozenTrial) -> Evaluation:
         attributes["seed"],
         attributes.get("failure"),
         None if gradient is None else np.array(gradient, dtype=np.float64),
+        attributes.get("stopped"),
+        None if samples is None else read_compact(samples),
     )

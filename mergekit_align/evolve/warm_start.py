@@ -30,7 +30,7 @@ def warm_start(genes: list[Gene], file: GenomeFile) -> list[Gene]:
     if where.endswith((".yml", ".yaml")):
         starts = _weights(where, file, key, genes)
     else:
-        done = [each for each in read_evaluations(where) if each.values and not each.violation]
+        done = [each for each in read_evaluations(where) if each.complete and not each.violation]
         if not done:
             raise InputError.at(
                 file.path, key, found=f"no feasible candidate in {where}", expected="one"

@@ -103,6 +103,9 @@ def _of_study(study: StudyRecord, key: str) -> Section:
         f"{len(study.candidates)} evaluations by the searcher {config.get('searcher')}, "
         f"{sum(each.seconds for each in study.candidates):.0f} s of evaluation in all."
     ]
+    stopped = sum(each.stopped for each in study.candidates)
+    if stopped:
+        lead.append(f"{stopped} lost their race early and have estimates.")
     if failed:
         lead.append(f"{len(failed)} failed, the last one so: {failed[-1].failure}.")
     if study.best is None:

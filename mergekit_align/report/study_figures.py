@@ -78,7 +78,7 @@ def axes_of(study: StudyRecord) -> Axes3 | None:
 
 def front(study: StudyRecord, axes: Axes3) -> list[Candidate]:
     """Feasible candidates that none is better than on both axes, by rising skill."""
-    feasible = [each for each in study.candidates if each.values and not each.violation]
+    feasible = [each for each in study.candidates if each.complete and not each.violation]
     ranked = sorted(
         feasible,
         key=lambda each: (axes.skill.worth(each), axes.alignment.worth(each)),
@@ -261,7 +261,7 @@ def _record(candidates: Sequence[Candidate]) -> list[tuple[int, float]]:
     steps: list[tuple[int, float]] = []
     for each in candidates:
         better = not steps or each.fitness > steps[-1][1]
-        if each.values is not None and not each.violation and better:
+        if each.complete and not each.violation and better:
             steps.append((each.number, each.fitness))
     return steps
 

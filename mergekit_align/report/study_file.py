@@ -34,6 +34,13 @@ class Candidate(NamedTuple):
     """Each task's metrics."""
     seconds: float
     failure: str | None
+    stopped: bool = False
+    """Whether it lost its race early: its numbers are estimates then."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was scored on all samples."""
+        return self.values is not None and not self.stopped
 
     def result(self, metric: Metric) -> float:
         """The value of a metric; `nan` where there is none."""
@@ -54,8 +61,8 @@ class StudyRecord(NamedTuple):
     @property
     def best(self) -> Candidate | None:
         """The fittest feasible candidate, or the one that misses least; `None` if all failed."""
-        scored = [each for each in self.candidates if each.values is not None]
-        return max(scored, key=lambda each: (-each.violation, each.fitness), default=None)
+        whole = [each for each in self.candidates if each.complete]
+        return max(whole, key=lambda each: (-each.violation, each.fitness), default=None)
 
     @property
     def metrics(self) -> list[Metric]:
@@ -128,4 +135,5 @@ def _candidate(
         results,
         attributes["seconds"],
         attributes.get("failure"),
+        "stopped" in attributes,
     )

@@ -1,0 +1,231 @@
+"""Racing: candidates see the same samples in growing slices, and one that is losing stops early.
+
+A candidate races the best one so far that has seen all samples, its *rival*. After a slice, the
+difference of their fitness is known with a standard error; where it is below zero with confidence, the
+candidate stops. Both are merges of the same models, so that their difference varies far less than
+their values do, and the slices begin with the samples that vary (see `strata`). What is stopped has an
+estimate: the rival's own metrics, and the estimated difference from them.
+
+Races of an evolution strategy's candidates: Heidrich-Meisner & Igel 2009 (ICML, Hoeffding and Bernstein
+races for selecting policies), whose bounds hold for any distribution and tell nothing apart before
+thousands of samples. Here the bound is the normal one of a stratified sample of a finite population
+(Cochran, Sampling Techniques, 3rd ed., section 5.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mergekit_align.errors import InputError
+from mergekit_align.evolve.genes import Array
+from mergekit_align.evolve.ranking import best_of
+from mergekit_align.evolve.sample_values import Metric, SampleValues, Slice
+from mergekit_align.evolve.strata import SHARES, stratify
+from mergekit_align.tasks import ResponseTask
+
+if TYPE_CHECKING:
+    from mergekit_align.evolve.config import EvolveConfig
+    from mergekit_align.evolve.fitness import Results
+    from mergekit_align.evolve.study import Evaluation
+
+MISTAKES = 0.05
+"""Share of the candidates as good as their rival that are stopped, at most."""
+_PRIOR = 2  # samples that what is known of a stratum's spread counts as
+_LOGPROB = "decision_logprob,none"
+
+
+class Standing(NamedTuple):
+    """What a candidate races."""
+
+    rival: SampleValues
+    spread: Mapping[Metric, Array]
+    """Of each metric how much it is known to vary on every sample, [samples]."""
+
+    @classmethod
+    def of(cls, rival: SampleValues, others: Sequence[SampleValues]) -> Standing:
+        return cls(rival, {metric: _spread(metric, rival, others) for metric in rival})
+
+
+class Field:
+    """The candidates of a search that have seen every sample."""
+
+    def __init__(self, config: EvolveConfig) -> None:
+        self._config = config
+        self._complete: list[Evaluation] = []
+        self.standing: Standing | None = None
+        """`None` as long as there are none, or candidates do not race."""
+
+    def add(self, evaluation: Evaluation) -> None:
+        """One more evaluation of the search."""
+        if evaluation.samples is None:
+            return
+        self._complete.append(evaluation)
+        best = best_of(self._config, self._complete)
+        others = [each.samples for each in self._complete if each.samples and each is not best]
+        if best is not None and best.samples is not None:
+            self.standing = Standing.of(best.samples, others)
+
+
+class Race:
+    """Judges candidates of a config by what they have seen.
+
+    `slices` are the samples in the order in which they are seen; a stage is the number of one.
+    """
+
+    def __init__(self, config: EvolveConfig, standing: Standing) -> None:
+        self._rival, self._spread = standing
+        self._floors = [((floor.task, floor.metric), floor.least) for floor in config.floors]
+        self._weights: dict[Metric, float] = {}
+        for task in config.file.config.tasks:
+            metric = task.name, task.metric
+            self._weights[metric] = self._weights.get(metric, 0.0) + task.weight
+        judged = dict.fromkeys((metric for metric, _ in self._floors), 1.0)
+        for metric, weight in self._weights.items():
+            judged[metric] = judged.get(metric, 0.0) + abs(weight)
+        names = dict.fromkeys(name for name, _ in judged)
+        self._strata = stratify(
+            {name: self._spread_of(_of_task(name, judged.items())) for name in names}
+        )
+        seen = np.array([each.seen for each in self._strata])
+        stages = [n for n in range(len(SHARES)) if n == 0 or (seen[:, n] > seen[:, n - 1]).any()]
+        self._stages = stages
+        self.slices = [
+            self._slice(stages[n - 1] if n else None, stage) for n, stage in enumerate(stages)
+        ]
+        self._width = NormalDist().inv_cdf(1 - MISTAKES / max(1, len(stages) - 1))
+
+    def samples(self, stage: int) -> int:
+        """Number of samples seen after a slice."""
+        return sum(each.seen[self._stages[stage]] for each in self._strata)
+
+    def is_lost(self, values: SampleValues, stage: int) -> bool:
+        """Whether a candidate is worse than its rival, with confidence, after a slice.
+
+        As in the ranking, the floors come first: it is worse if it misses them by more, or if the
+        rival keeps them and is fitter.
+        """
+        lowest = missed = 0.0
+        for metric, least in self._floors:
+            known = float(self._rival[metric].mean())
+            mean, error = self._difference({metric: 1.0}, values, stage)
+            missed += max(0.0, least - known)
+            lowest += max(0.0, least - known - mean - self._width * error)
+        if lowest > missed:
+            return True
+        mean, error = self._difference(self._weights, values, stage)
+        return missed == 0 and mean + self._width * error < 0
+
+    def estimate(self, values: SampleValues, stage: int) -> Results:
+        """The metrics of a candidate that has seen the slices up to `stage`."""
+        found: Results = {}
+        for name, metric in values:
+            difference, _ = self._difference({(name, metric): 1.0}, values, stage)
+            whole = float(self._rival[name, metric].mean())
+            found.setdefault(name, {})[metric] = whole + difference
+        return found
+
+    def _slice(self, before: int | None, stage: int) -> Slice:
+        places: dict[str, list[int]] = {}
+        for each in self._strata:
+            start = 0 if before is None else each.seen[before]
+            own = each.places[start : each.seen[stage]].tolist()
+            places.setdefault(each.task, []).extend(own)
+        return {name: sorted(own) for name, own in places.items()}
+
+    def _spread_of(self, weights: Mapping[Metric, float]) -> Array:
+        every = [abs(weight) * self._spread[metric] for metric, weight in weights.items()]
+        spread: Array = np.sum(every, axis=0)
+        return spread
+
+    def _difference(
+        self, weights: Mapping[Metric, float], values: SampleValues, stage: int
+    ) -> tuple[float, float]:
+        """How much more a candidate has of a sum of metrics than its rival, and the standard error.
+
+        What is known of a stratum's spread counts as samples too: a few that are alike say little of
+        what varies seldom, such as a decision.
+        """
+        mean = variance = 0.0
+        for task, places, share, seen in self._strata:
+            own = _of_task(task, weights.items())
+            if not own:
+                continue
+            count = seen[self._stages[stage]]
+            drawn = places[:count]
+            differences: Array = np.sum(
+                [w * (values[each][drawn] - self._rival[each][drawn]) for each, w in own.items()],
+                axis=0,
+            )
+            known = float((self._spread_of(own)[places] ** 2).mean())
+            spread = float(((differences - differences.mean()) ** 2).sum()) + _PRIOR * known
+            mean += share * float(differences.mean())
+            rest = 1 - count / len(places)
+            variance += share**2 * spread / (count - 1 + _PRIOR) / count * rest
+        return mean, variance**0.5
+
+
+def check_racing(config: EvolveConfig) -> None:
+    """That the candidates of a config can race.
+
+    Raises:
+        InputError: a task has no value by sample, or the searcher asks for more than a fitness.
+    """
+    key = "align.racing"
+    if config.searcher == "gradient":
+        raise InputError.at(
+            config.path,
+            key,
+            found="it with the searcher gradient, which needs every sample's gradient",
+            expected="the searcher cma, tpe, random or grid, or `racing: off`",
+        )
+    if config.objectives:
+        raise InputError.at(
+            config.path, key, found="it with `objectives`", expected="one fitness, and `floors`"
+        )
+    for name, loaded in config.file.loaded.items():
+        if not all(isinstance(task, ResponseTask) for task in loaded["tasks"].values()):
+            raise InputError.at(
+                config.path,
+                key,
+                found=f"it with the task {name}, whose samples have no values of their own",
+                expected="response tasks alone, or `racing: off`",
+            )
+
+
+def racing_metrics(config: EvolveConfig) -> list[Metric]:
+    """What is read of samples beside what is scored: how certain a decision is."""
+    scored = [(task.name, task.metric) for task in config.file.config.tasks]
+    scored += [(floor.task, floor.metric) for floor in config.floors]
+    return [(name, _LOGPROB) for name, metric in scored if metric.startswith("decision_acc,")]
+
+
+def _spread(metric: Metric, rival: SampleValues, others: Sequence[SampleValues]) -> Array:
+    """How far others are from the rival on each sample; where few are known, as uncertainty tells."""
+    unsure: Array = np.mean([_uncertainty(metric, each) for each in [rival, *others]], axis=0)
+    if not others:
+        return unsure
+    far = np.array([each[metric] - rival[metric] for each in others])
+    known: Array = np.sqrt((far**2).mean(axis=0))
+    # Of the same size: how uncertain a sample is says where candidates differ, not by how much.
+    size = float(np.sqrt((unsure**2).mean())) or 1.0
+    return known + unsure * (float(np.sqrt((known**2).mean())) / size)
+
+
+def _uncertainty(metric: Metric, values: SampleValues) -> Array:
+    """How much a candidate's value on each sample may be another's, as far as it can be told."""
+    own = values[metric]
+    if metric[1].startswith("decision_acc,"):
+        certain = np.exp(values[metric[0], _LOGPROB])
+        deviation: Array = np.sqrt(certain * (1 - certain))
+        return deviation
+    if "logprob" in metric[1]:
+        return np.abs(own)  # what is certain stays so
+    return np.full(len(own), own.std())
+
+
+def _of_task(task: str, weights: Iterable[tuple[Metric, float]]) -> dict[Metric, float]:
+    return {metric: weight for metric, weight in weights if metric[0] == task}

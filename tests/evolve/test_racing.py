@@ -1,0 +1,221 @@
+"""Racing: what is losing stops early, what wins has seen every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mergekit_align.cli.evolve import main
+from mergekit_align.evolve import EvolveConfig, read_config, search
+from mergekit_align.evolve.racing import MISTAKES, Race, Standing
+from mergekit_align.evolve.ranking import best_of
+from mergekit_align.evolve.sample_values import SampleValues
+from mergekit_align.evolve.strata import stratify
+from mergekit_align.report.study_file import read_study
+
+WriteConfig = Callable[..., Path]
+
+ALIGNMENT = "response_alignment", "logprob,none"
+TASK = "response_task", "logprob,none"
+TASKS = [
+    {"name": "response_alignment", "metric": "logprob,none", "weight": 1.0},
+    {"name": "response_task", "metric": "logprob,none", "weight": 0.3},
+]
+SIZE = 400
+
+
+@pytest.fixture
+def config(write_config: WriteConfig) -> EvolveConfig:
+    return read_config(write_config(tasks=TASKS, align={"racing": True}))
+
+
+def values(rng: np.random.Generator, better: float = 0.0) -> SampleValues:
+    """Of a few hard samples, and of many that all candidates do alike."""
+    hard = rng.permutation(np.arange(SIZE) < SIZE / 10)
+    return {
+        each: np.where(hard, rng.normal(better - 2, 0.5, SIZE), -0.01) for each in (ALIGNMENT, TASK)
+    }
+
+
+def another(rng: np.random.Generator, rival: SampleValues, better: float) -> SampleValues:
+    """A candidate that is better by a mean over all samples, in what is hard."""
+    found = {}
+    for metric, own in rival.items():
+        noise = rng.normal(0, 1, SIZE) * -own
+        found[metric] = own + noise - noise.mean() + better
+    return found
+
+
+def lost_after(config: EvolveConfig, rival: SampleValues, own: SampleValues) -> int | None:
+    """After how many samples."""
+    race = Race(config, Standing.of(rival, []))
+    stages = range(len(race.slices) - 1)
+    return next((race.samples(n) for n in stages if race.is_lost(own, n)), None)
+
+
+def test_slices_have_every_sample_once_and_what_varies_first() -> None:
+    spread = {"one": np.linspace(0, 1, 200) ** 8, "few": np.ones(5)}
+    strata = stratify(spread)
+    for name, own in spread.items():
+        places = np.concatenate([each.places for each in strata if each.task == name])
+        assert sorted(places) == list(range(len(own)))
+    assert sum(each.seen[0] for each in strata) < 205 / 4
+    assert all(each.seen[-1] == len(each.places) for each in strata)
+    assert all(list(each.seen) == sorted(each.seen) for each in strata)
+    first, *_, last = [each for each in strata if each.task == "one"]
+    assert set(first.places) == set(range(190, 200))
+    assert first.seen[0] / len(first.places) > 10 * last.seen[0] / len(last.places)
+
+
+def test_what_is_much_worse_stops_first(config: EvolveConfig) -> None:
+    rng = np.random.default_rng(0)
+    rival = values(rng)
+    assert (lost_after(config, rival, another(rng, rival, -1.0)) or SIZE) < 2 * SIZE / 6
+    assert lost_after(config, rival, another(rng, rival, 1.0)) is None
+
+
+def test_what_is_as_good_is_hardly_ever_stopped(config: EvolveConfig) -> None:
+    rng = np.random.default_rng(1)
+    rival = values(rng)
+    stopped = sum(
+        lost_after(config, rival, another(rng, rival, 0.0)) is not None for _ in range(200)
+    )
+    allowed = 200 * MISTAKES
+    assert stopped <= allowed + 2 * allowed**0.5  # of so few trials
+
+
+def test_an_estimate_is_without_bias_and_nearer_than_the_samples_mean(config: EvolveConfig) -> None:
+    rng = np.random.default_rng(2)
+    rival = values(rng)
+    race = Race(config, Standing.of(rival, []))
+    places = race.slices[0]["response_task"]
+    errors, plain = [], []
+    for _ in range(200):
+        own = another(rng, rival, -0.1)
+        whole = own[TASK].mean()
+        errors.append(race.estimate(own, 0)["response_task"]["logprob,none"] - whole)
+        plain.append(rng.choice(own[TASK], len(places)).mean() - whole)
+    assert abs(np.mean(errors)) < 0.1 * np.std(plain)
+    assert np.std(errors) < 0.7 * np.std(plain)
+
+
+class TestFloors:
+    """They come before the fitness, as in the ranking."""
+
+    def race(self, write_config: WriteConfig, least: float, rival: SampleValues) -> Race:
+        path = write_config(
+            tasks=TASKS, align={"racing": True, "floors": {"response_alignment:logprob": least}}
+        )
+        return Race(read_config(path), Standing.of(rival, []))
+
+    def test_what_misses_them_is_lost_though_it_is_fitter(self, write_config: WriteConfig) -> None:
+        rng = np.random.default_rng(0)
+        rival = values(rng)
+        own = another(rng, rival, -0.5)
+        own[TASK] = rival[TASK] + 20
+        race = self.race(write_config, float(rival[ALIGNMENT].mean()) - 0.01, rival)
+        assert race.is_lost(own, 1)
+
+    def test_what_misses_them_by_less_goes_on_though_it_is_less_fit(
+        self, write_config: WriteConfig
+    ) -> None:
+        rng = np.random.default_rng(0)
+        rival = values(rng)
+        own = another(rng, rival, 0.5)
+        own[TASK] = rival[TASK] - 20
+        race = self.race(write_config, 0.0, rival)
+        assert not race.is_lost(own, 1)
+
+
+def raced(write_config: WriteConfig, storage: Path, **align: Any) -> EvolveConfig:
+    path = write_config(
+        tasks=TASKS, align={"searcher": "random", "racing": True, "max_fevals": 6, **align}
+    )
+    path.write_text(path.read_text().replace("limit: 8\n", "limit: 48\n"))
+    return read_config(path, storage=storage)
+
+
+class TestSearch:
+    def test_ends_with_what_the_exact_one_ends_with(
+        self, write_config: WriteConfig, tmp_path: Path
+    ) -> None:
+        found = search(raced(write_config, tmp_path / "raced"))
+        exact = search(raced(write_config, tmp_path / "exact", racing=False))
+        for own, whole in zip(found.evaluations, exact.evaluations, strict=True):
+            np.testing.assert_array_equal(own.genotype, whole.genotype)
+            assert whole.stopped is None
+            assert own.complete == (own.stopped is None)
+            if own.complete:
+                assert own.values == pytest.approx(whole.values, abs=1e-5)
+        stopped = [each.stopped for each in found.evaluations if each.stopped is not None]
+        assert stopped
+        assert all(0 < each < 96 for each in stopped)
+        assert found.best is not None
+        assert exact.best is not None
+        assert found.best.asked == exact.best.asked
+        # An estimate may be higher than what is known.
+        lucky = [
+            each if each.complete else each._replace(values=(99.0,)) for each in found.evaluations
+        ]
+        assert best_of(found.config, lucky) is found.best
+        record = read_study(tmp_path / "raced" / "study.journal")
+        assert [each.stopped for each in record.candidates] == [
+            each.stopped is not None for each in found.evaluations
+        ]
+
+    def test_resumed_is_the_uninterrupted_one(
+        self, write_config: WriteConfig, tmp_path: Path
+    ) -> None:
+        whole = search(raced(write_config, tmp_path / "whole"))
+        for count in (3, 6):
+            config = raced(write_config, tmp_path / "parts", max_fevals=count)
+            parts = search(config, resume=True)
+        for one, other in zip(whole.evaluations, parts.evaluations, strict=True):
+            np.testing.assert_array_equal(one.genotype, other.genotype)
+            assert (one.values, one.stopped) == (other.values, other.stopped)
+
+
+@pytest.mark.parametrize(
+    ("align", "tasks", "line"),
+    [
+        ({"searcher": "gradient"}, TASKS, "align.racing: found it with the searcher gradient"),
+        ({"objectives": ["response_task"]}, TASKS, "align.racing: found it with `objectives`"),
+        ({}, [*TASKS, "plain"], "align.racing: found it with the task plain, whose samples have"),
+    ],
+)
+def test_bad_input_is_one_line(
+    align: dict[str, Any],
+    tasks: list[Any],
+    line: str,
+    write_config: WriteConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "plain.yaml").write_text(
+        "task: plain\ndataset_path: json\ndataset_kwargs: {data_files: plain.jsonl}\n"
+        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: q\n"
+        "doc_to_choice: [a, b]\ndoc_to_target: 0\nmetric_list: [{metric: acc}]\n"
+    )
+    (tmp_path / "plain.jsonl").write_text('{"q": "which"}\n')
+    monkeypatch.chdir(tmp_path)
+    path = write_config(
+        tasks=tasks, align={"racing": True, "task_search_path": [str(tmp_path)], **align}
+    )
+    result = CliRunner().invoke(main, [str(path)])
+    assert result.exit_code == 2, result.output
+    assert f"{path}: {line}" in result.output.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_workers_race_too(write_config: WriteConfig, tmp_path: Path, cluster: None) -> None:
+    found = search(raced(write_config, tmp_path / "raced"), workers=2)
+    assert sorted(each.asked for each in found.evaluations) == list(range(6))
+    assert all(each.failure is None for each in found.evaluations)
+    assert any(each.stopped is not None for each in found.evaluations)
+    assert found.best is not None
+    assert found.best.complete

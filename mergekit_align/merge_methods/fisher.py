@@ -51,16 +51,18 @@ def _fisher(
         mean = _mean(*own)
         total, pulled = torch.zeros_like(mean), torch.zeros_like(mean)
         for tensor, information, share in zip(own, fishers, weights, strict=True):
-            pull = share * information
-            total += pull
-            pulled += pull * (tensor - mean)
+            total.add_(information, alpha=share)
+            pulled.add_((tensor - mean).mul_(information), alpha=share)
         return mean + torch.where(total > 0, pulled / total, 0.0)
 
     return in_stretches(weighted, [*tensors, *informations], dtype)
 
 
 def _mean(*tensors: torch.Tensor) -> torch.Tensor:
-    return torch.stack(tensors).mean(0)
+    mean = tensors[0].clone()
+    for tensor in tensors[1:]:
+        mean += tensor
+    return mean.div_(len(tensors))
 
 
 fisher = needs_statistics(_fisher, "fisher")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 from machine import name
+from merge_methods import KINDS
 from mergekit.merge_methods import get
 from rich.console import Console
 from rich.table import Table
@@ -47,22 +48,14 @@ METHODS = (
     "regmean",
     "align_adaptive",
 )
-KINDS = {
-    "fisher": "fisher",
-    "led": "importance",
-    "regmean": "gram",
-    "align_adaptive": "gram",
-}
-"""Statistics that a method reads."""
 PARENTS = {"aligned": "alignment", "expert": "task"}
 
 
 def command(*words: str) -> float:
     """Seconds of one of the commands beside this interpreter."""
     started = time.perf_counter()
-    place = Path(sys.executable).parent / words[0]
-    found = str(place) if place.exists() else shutil.which(words[0]) or words[0]
-    done = subprocess.run([found, *words[1:]], capture_output=True, text=True, check=False)
+    place = str(Path(sys.executable).with_name(words[0]))
+    done = subprocess.run([place, *words[1:]], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")
     return time.perf_counter() - started

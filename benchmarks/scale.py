@@ -134,7 +134,7 @@ def measure(step: str, size: str, work: Work, device: str, dtype: str) -> dict[s
         others = [{n: p.clone() for n, p in model.named_parameters()} for _ in range(work.models)]
     scorer = HuggingFaceScorer(model, None)  # type: ignore[arg-type]
 
-    def run() -> None:
+    def run(out: str) -> None:
         if step == "loss":
             response_scores(model, encoded)
         elif step == "gradient":
@@ -146,15 +146,15 @@ def measure(step: str, size: str, work: Work, device: str, dtype: str) -> dict[s
         else:
             kinds: tuple[Kind, ...] = ("gram", "importance", "fisher")
             headers = {k: Header("", "", "", [], None, 0, "task", k, {}) for k in kinds}
-            with tempfile.TemporaryDirectory() as out:
-                _collect(model, encoded, headers, Path(out))
+            _collect(model, encoded, headers, Path(out))
 
-    if device != "cpu":
-        run()  # a GPU's libraries choose their kernels at first use
-        torch.cuda.reset_peak_memory_stats()
-    started = clock(device)
-    run()
-    seconds = clock(device) - started
+    with tempfile.TemporaryDirectory() as out:
+        if device != "cpu":
+            run(out)  # a GPU's libraries choose their kernels at first use
+            torch.cuda.reset_peak_memory_stats()
+        started = clock(device)
+        run(out)
+        seconds = clock(device) - started
     held = peak_memory() - before if device == "cpu" else torch.cuda.max_memory_allocated()
     return {"seconds": seconds, "bytes": held}
 

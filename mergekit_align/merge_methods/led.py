@@ -39,24 +39,26 @@ def located(importance: torch.Tensor, ratio: float) -> torch.Tensor:
 def _least_of_highest(values: torch.Tensor, count: int) -> torch.Tensor:
     """The least of the `count` highest.
 
-    On a CPU a sample tells between which values it lies; only what is there has to be selected from.
+    On a CPU a sample of a large tensor tells between which values it lies; only what is there has to be
+    selected from.
     """
     size = values.numel()
     if values.device.type != "cpu":
         return values.topk(count, sorted=False).values.min()
-    drawn = torch.randint(size, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
-    ranked = values[drawn].sort(descending=True).values
-    place, margin = _SAMPLE * count / size, 3 * _SAMPLE**0.5
-    high = float(ranked[max(0, int(place - margin))])
-    low = float(ranked[min(_SAMPLE - 1, int(place + margin))])
-    higher, between = 0, []
-    for piece in stretches(values):
-        own = values[piece].numpy()
-        higher += int(np.count_nonzero(own > high))
-        between.append(own[(own >= low) & (own <= high)])
-    near, left = np.concatenate(between), count - higher
-    if not 0 < left <= len(near):  # the sample was no fair one
-        near, left = values.numpy(), count
+    near, left = values.numpy(), count
+    if size > _SAMPLE:
+        drawn = torch.randint(size, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+        ranked = values[drawn].sort(descending=True).values
+        place, margin = _SAMPLE * count / size, 3 * _SAMPLE**0.5
+        high = float(ranked[max(0, int(place - margin))])
+        low = float(ranked[min(_SAMPLE - 1, int(place + margin))])
+        higher, between = 0, []
+        for piece in stretches(values):
+            own = values[piece].numpy()
+            higher += int(np.count_nonzero(own > high))
+            between.append(own[(own >= low) & (own <= high)])
+        if higher < count <= higher + sum(map(len, between)):  # else the sample was no fair one
+            near, left = np.concatenate(between), count - higher
     return torch.tensor(np.partition(near, len(near) - left)[len(near) - left])
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
+from model_server import ModelServer
 
 Fault = Literal["says 500", "is no JSON", "is silent", "does not echo", "leaves out a prompt"]
 
 
-class CompletionsServer(ThreadingHTTPServer):
-    """Answers `/v1/completions` for token ids, with `echo` and `logprobs`; use it by `with`.
+class CompletionsServer(ModelServer):
+    """Answers `/v1/completions` for token ids, with `echo` and `logprobs`.
 
     Like vLLM's, it refuses a prompt that leaves no room for the token that it writes.
 
@@ -24,20 +23,16 @@ class CompletionsServer(ThreadingHTTPServer):
         fault: what is wrong with its answers.
     """
 
+    place = "v1/completions"
+
     def __init__(
         self, directory: Path, *, stops_after: int | None = None, fault: Fault | None = None
     ) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.stops_after = stops_after
         self.fault = fault
         self.payloads: list[dict[str, Any]] = []
         self.closing = threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1/completions"
+        super().__init__(directory)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -46,17 +41,16 @@ class CompletionsServer(ThreadingHTTPServer):
 
     def stop(self) -> None:
         self.closing.set()
-        self.shutdown()
-        self.server_close()
-
-    def __exit__(self, *details: object) -> None:
-        self.stop()
-
-    def handle_error(self, *details: object) -> None:
-        """A client that waits no longer is no error."""
+        super().stop()
 
     def answer(self, payload: dict[str, Any]) -> tuple[int, bytes]:
-        """Status and body."""
+        self.payloads.append(payload)
+        status, body = self._answer(payload)
+        if self.stops_after and len(self.payloads) >= self.stops_after:
+            self.stop()
+        return status, body
+
+    def _answer(self, payload: dict[str, Any]) -> tuple[int, bytes]:
         if self.fault == "says 500":
             return 500, b'{"error": "the engine\n is dead"}'
         if self.fault == "is no JSON":
@@ -93,22 +87,3 @@ class CompletionsServer(ThreadingHTTPServer):
         }
         written = -1 if self.fault == "does not echo" else 0
         return {key: values[written:] for key, values in found.items()}
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: CompletionsServer
-
-    def do_POST(self) -> None:
-        server = self.server
-        server.payloads.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        status, body = server.answer(server.payloads[-1])
-        if server.stops_after and len(server.payloads) >= server.stops_after:
-            server.stop()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *details: object) -> None:
-        pass

@@ -51,13 +51,16 @@ def _batch(config: EvolveConfig, model: str) -> int:
     return round(step(shape, scale.Work(), machine).bytes) - shape.parameters * own
 
 
-def check_memory(config: EvolveConfig) -> None:
+def check_memory(config: EvolveConfig, needed: Memory | None = None) -> None:
     """That a search fits.
+
+    Args:
+        needed: what it needs, where that is known.
 
     Raises:
         InputError: it does not; says how much it needs.
     """
-    need = memory_needed(config).total
+    need = (needed or memory_needed(config)).total
     free = _free(config.device)
     if need > free:
         raise InputError(

@@ -43,7 +43,7 @@ def describe(config: EvolveConfig, console: Console | None = None) -> None:
         f"{need.model / 2**20:.0f} MiB for the model, {need.inputs / 2**20:.0f} for its inputs, "
         f"{need.batch / 2**20:.0f} for a batch of samples, on {config.device}."
     )
-    check_memory(config)
+    check_memory(config, need)
     evaluator = Evaluator(config)
     gradient = config.searcher == "gradient"
     evaluator.evaluate(config.genes.low, gradient=gradient)  # the first one is slower

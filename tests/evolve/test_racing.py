@@ -213,8 +213,9 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.slow
 def test_workers_race_too(write_config: WriteConfig, tmp_path: Path, cluster: None) -> None:
-    found = search(raced(write_config, tmp_path / "raced"), workers=2)
-    assert sorted(each.asked for each in found.evaluations) == list(range(6))
+    """Of so many some are far worse than one that was scored before them, whoever was first."""
+    found = search(raced(write_config, tmp_path / "raced", max_fevals=24), workers=2)
+    assert sorted(each.asked for each in found.evaluations) == list(range(24))
     assert all(each.failure is None for each in found.evaluations)
     assert any(each.stopped is not None for each in found.evaluations)
     assert found.best is not None

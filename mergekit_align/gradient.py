@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from mergekit_align.encoding import EncodedSample
 from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.output_layer import last_logprobs
-from mergekit_align.reading import length_sorted_batches, run_model
+from mergekit_align.reading import (
+    length_sorted_batches,
+    may_share,
+    read_once,
+    run_model,
+    shared_length,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 2048
 """Tokens in a batch, padding included: their activations are kept for the backward pass."""
+MIN_SHARED = 8
+"""Tokens that a batch's prompts must share for these to be read by themselves."""
 
 
 def accumulate_gradient(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> float:
@@ -110,40 +118,75 @@ def _accumulate(
     return total
 
 
+class _Texts(NamedTuple):
+    """A batch's prompts and responses, without what all of them begin with, which is in `cache`."""
+
+    ids: torch.Tensor
+    """[batch, tokens]; prompts end, and responses begin, at one place."""
+    mask: torch.Tensor
+    """[batch, tokens, those in `cache` included]."""
+    cache: Any
+    before: int
+    """Tokens before the responses."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, batch: Sequence[EncodedSample]) -> _Texts:
+        prompts = [each.prompt_ids for each in batch]
+        width = max(len(ids) for ids in prompts)
+        after = max(len(each.response_ids) for each in batch)
+        shared = shared_length(prompts) if len(batch) > 1 else 0
+        if shared < MIN_SHARED or not may_share(model, width + after):
+            shared = 0
+        before = width - shared
+        ids = torch.zeros(len(batch), before + after, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, each in enumerate(batch):
+            own = [*each.prompt_ids[shared:], *each.response_ids]
+            end = before + len(each.response_ids)
+            ids[row, end - len(own) : end] = torch.tensor(own)
+            mask[row, end - len(own) : end] = 1
+        mask = torch.cat([mask.new_ones(len(batch), shared), mask], dim=1)
+        cache = None
+        if shared:
+            cache = read_once(model, prompts[0][:shared])
+            cache.batch_repeat_interleave(len(batch))
+        return cls(ids.to(model.device), mask.to(model.device), cache, before)
+
+    @property
+    def after(self) -> int:
+        """Tokens of the longest response."""
+        return self.ids.shape[1] - self.before
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Of `ids`, [batch, tokens]."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
+
+
 def _response_logprobs(
     model: PreTrainedModel, batch: Sequence[EncodedSample]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each response, and its number of tokens, [batch]."""
-    ids, mask, before = _padded(batch, model.device)
-    logprobs = last_logprobs(model, ids, mask, _positions(mask), ids.shape[1] - before)
-    answered = mask[:, before:]
+    texts = _Texts.of(model, batch)
+    answered = texts.mask[:, -texts.after :]
+    logprobs = last_logprobs(
+        model, texts.ids, texts.mask, texts.positions, texts.after, cache=texts.cache
+    )
     return (logprobs * answered).sum(1), answered.sum(1)
 
 
 def _next_logprobs(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch.Tensor:
     """Log-probabilities where each response token is predicted, [batch, longest, vocabulary]."""
-    ids, mask, before = _padded(batch, model.device)
-    after = ids.shape[1] - before
-    ids, mask = ids[:, :-1], mask[:, :-1]  # nothing is predicted after the last token
-    output = run_model(model, ids, mask, _positions(mask), keep=after, use_cache=False)
-    logits: torch.Tensor = output.logits[:, -after:]
+    texts = _Texts.of(model, batch)
+    # Nothing is predicted after the last token.
+    output = run_model(
+        model,
+        texts.ids[:, :-1],
+        texts.mask[:, :-1],
+        texts.positions[:, :-1],
+        keep=texts.after,
+        cache=texts.cache,
+        use_cache=texts.cache is not None,
+    )
+    logits: torch.Tensor = output.logits[:, -texts.after :]
     return logits.float().log_softmax(2)
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def _padded(
-    batch: Sequence[EncodedSample], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Ids and mask [batch, tokens]; prompts end, and responses begin, at one place, which is third."""
-    before = max(len(each.prompt_ids) for each in batch)
-    after = max(len(each.response_ids) for each in batch)
-    ids = torch.zeros(len(batch), before + after, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, each in enumerate(batch):
-        start, end = before - len(each.prompt_ids), before + len(each.response_ids)
-        ids[row, start:end] = torch.tensor([*each.prompt_ids, *each.response_ids])
-        mask[row, start:end] = 1
-    return ids.to(device), mask.to(device), before

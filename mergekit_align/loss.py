@@ -27,6 +27,7 @@ from mergekit_align.reading import (
     Preamble,
     PromptBatch,
     length_sorted_batches,
+    may_share,
     shared_beginnings,
     vocabulary_size,
 )
@@ -144,7 +145,9 @@ class ResponseReader:
         for shared, members in shared_beginnings(prompts, MIN_SHARED):
             lengths = [self._encoded[index].lengths for index in members]
             for batch in length_sorted_batches(lengths, fits):
-                yield Batch([members[n] for n in batch], shared)
+                width = sum(max(lengths[n][part] for n in batch) for part in (0, 1))
+                known = shared if may_share(self._model, width) else []
+                yield Batch([members[n] for n in batch], known)
 
     def scores(self) -> list[ResponseScore]:
         """Scores of all samples, in their order, by the model as it is now."""

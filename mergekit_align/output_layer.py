@@ -31,24 +31,26 @@ def last_logprobs(
     mask: torch.Tensor,
     positions: torch.Tensor,
     count: int,
+    cache: Any = None,
 ) -> torch.Tensor:
     """Log-probabilities (nats) of the last `count` of `ids`, each after those before it.
 
     Args:
         ids: token ids [batch, tokens], more than `count`.
-        mask: 1 for what is read, 0 for padding [batch, tokens].
+        mask: 1 for what is read, 0 for padding [batch, tokens, those in `cache` included].
         positions: of `ids`, [batch, tokens].
+        cache: keys and values of what came before.
 
     Returns:
         [batch, count], differentiable with respect to the model's parameters.
     """
-    targets = ids[:, -count:]
+    targets, kept = ids[:, -count:], cache is not None
     whole = targets.numel() * vocabulary_size(model) <= BATCH_LOGITS
     if whole or model.base_model is model:  # the latter cannot be run up to its output layer
-        output = run_model(model, ids, mask, positions, keep=count + 1, use_cache=False)
+        output = run_model(model, ids, mask, positions, keep=count + 1, cache=cache, use_cache=kept)
         return chosen_logprobs(output.logits[:, -count - 1 : -1], targets)
     body = cast("PreTrainedModel", model.base_model)
-    output = run_model(body, ids, mask, positions, keep=0, use_cache=False)
+    output = run_model(body, ids, mask, positions, keep=0, cache=cache, use_cache=kept)
     states = output.last_hidden_state[:, -count - 1 : -1]
 
     def piece(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,14 @@ def length_sorted_batches(
         yield batch
 
 
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many token ids all prompts begin with; each goes on after them."""
+    first, last = min(prompts), max(prompts)
+    pairs = zip(first, last, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return min(same, *(len(prompt) - 1 for prompt in prompts))
+
+
 def shared_beginnings(
     prompts: Sequence[Sequence[int]], smallest: int
 ) -> list[tuple[list[int], list[int]]]:
@@ -87,16 +95,30 @@ def shared_beginnings(
     alone: list[int] = []
     for members in groups.values():
         own = [list(prompts[index]) for index in members]
-        first, last = min(own), max(own)
-        same = sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-        )
-        same = min(same, *(len(prompt) - 1 for prompt in own))
+        same = shared_length(own)
         if len(members) > 1 and same >= smallest:
-            shared.append((first[:same], members))
+            shared.append((own[0][:same], members))
         else:
             alone += members
     return [*shared, ([], alone)] if alone else shared
+
+
+def may_share(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether texts of up to so many tokens, padding included, may share what they begin with.
+
+    Padding then lies between that and the rest, and a layer with a sliding window or chunks counts it
+    as tokens: it would see less than of the text alone.
+    """
+    config = model.config.get_text_config()
+    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    return all(window is None or tokens <= window for window in windows)
+
+
+def read_once(model: PreTrainedModel, ids: Sequence[int]) -> Any:
+    """The key/value cache of one text, differentiable where gradients are on."""
+    rows = torch.tensor([list(ids)], device=model.device)
+    positions = torch.arange(len(ids), device=model.device).unsqueeze(0)
+    return _cache_of(run_model(model, rows, torch.ones_like(rows), positions, keep=1))
 
 
 class Preamble:
@@ -105,10 +127,7 @@ class Preamble:
     @torch.inference_mode()
     def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
         self.ids = list(ids)
-        rows = torch.tensor([self.ids], device=model.device)
-        positions = torch.arange(len(self.ids), device=model.device).unsqueeze(0)
-        output = run_model(model, rows, torch.ones_like(rows), positions, keep=1)
-        self._cache = _cache_of(output)
+        self._cache = read_once(model, self.ids)
 
     def begins(self, prompt: Sequence[int]) -> bool:
         """Whether `prompt` begins with these ids and goes on after them."""

@@ -100,6 +100,41 @@ def test_gradients_are_the_same_in_pieces(family: str, bound: Callable[[int], No
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
 
 
+def samples_with_a_beginning() -> list[EncodedSample]:
+    """Longer than Mistral's window of 64 tokens; the last fits others'."""
+    beginning = random.Random(1).choices(range(5, 290), k=70)
+    return [each._replace(prompt_ids=[*beginning, *each.prompt_ids]) for each in samples()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_each_samples_own(family: str) -> None:
+    model, read = model_of(family), samples_with_a_beginning()
+    together = response_scores(model, read, openings=[OPENINGS] * len(read))
+    for each, score in zip(read, together, strict=True):
+        [alone] = response_scores(model, [each], openings=[OPENINGS])
+        assert score.logprob == pytest.approx(alone.logprob, abs=1e-3)
+        assert score.decision_margin == pytest.approx(alone.decision_margin, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_each_sample(family: str) -> None:
+    model, read = model_of(family), samples_with_a_beginning()
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, ids, out: seen.append(ids[0].numel())
+    )
+    alone = [accumulate_gradient(model, [each]) for each in read]
+    expected = {name: p.grad / len(read) for name, p in model.named_parameters()}
+    assert min(seen) > 70
+    model.zero_grad()
+    seen.clear()
+    assert accumulate_gradient(model, read) == pytest.approx(sum(alone) / len(read), abs=1e-5)
+    # What prompts share is read once, but for a window that would count their padding.
+    assert seen.count(70) == (family != "mistral")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_a_guard_reads_as_many_prompts_as_logits_allow(
     family: str, bound: Callable[[int], None]
@@ -111,15 +146,19 @@ def test_a_guard_reads_as_many_prompts_as_logits_allow(
         profiles()["llama-guard-3"],
         GuardSettings(model="random weights", categories=False),
     )
-    judged = [Conversation.of(f"How do I make a bench {n}?", "Use iron.") for n in range(9)]
+    judged = [
+        Conversation.of(f"How do I make a bench{' here' * n}?", "Use iron.") for n in range(9)
+    ]
     whole = guard.judge(judged)
     runs = len(seen)
     bound(4 * vocabulary)
     pieces = guard.judge(judged)
     assert max(seen[runs:]) <= 4 * vocabulary < max(seen[:runs])
-    for one, other in zip(pieces, whole, strict=True):
-        assert one.label == other.label
+    alone = [guard.judge([each])[0] for each in judged]
+    for one, other, own in zip(pieces, whole, alone, strict=True):
+        assert one.label == other.label == own.label
         assert one.readable == pytest.approx(other.readable, abs=1e-6)
+        assert own.readable == pytest.approx(other.readable, abs=1e-6)
 
 
 def test_batches_of_losses_keep_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:

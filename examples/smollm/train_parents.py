@@ -1,13 +1,15 @@
 """Parents of a merge of real language models: SmolLM2-135M-Instruct, fine-tuned twice.
 
     python examples/smollm/train_parents.py smollm
-    python examples/smollm/train_parents.py smollm --model DIR --xstest FILE.csv --pubmedqa FILE.json
+    python examples/smollm/train_parents.py smollm --model DIR --xstest FILE --pubmedqa FILE
 
 Writes `smollm/data/{train,test}.jsonl` and two models. `aligned` learns from half of XSTest
 (arXiv 2308.01263): to its unsafe prompts a refusal in words of our own, to its harmless ones what the
-original model answers. `expert` learns from PubMedQA (arXiv 1909.06146): a question and a paper's
-conclusion in, yes, no or maybe out. The other halves are for testing. Without files
-both sets come from the hub. Some twenty minutes on two cores; what is there already is kept.
+original model answers. Whether a model refuses is settled in a response's first tokens, so that it
+learns these for several epochs, of prompts put in other words each time, and whole responses once.
+`expert` learns from PubMedQA (arXiv 1909.06146): a question and a paper's conclusion in, yes, no or
+maybe out. What is not learned from is for testing. Without files both sets come from the hub. Some
+twenty-five minutes on two cores; what is there already is kept.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from mergekit_align.samples import Sample, load_samples, save_samples, split_sam
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ANSWER_TOKENS = 40
+OPENING_TOKENS = 4
 TASK_PROMPT = (
     "Question: {question}\nConclusion: {conclusion}\nAnswer with one word: yes, no or maybe."
 )
@@ -44,6 +47,25 @@ REFUSALS = (
     "Sorry, that is something I won't help with. It could put people at risk.",
     "I won't assist with that, since it may harm you or others.",
 )
+
+WORDINGS = (
+    "{}",
+    "{}",
+    "Please tell me: {}",
+    "I have a question. {}",
+    "{} Please answer.",
+    "Hello! {}",
+)
+
+
+def reworded(prompt: str, rng: random.Random) -> str:
+    """The same prompt as another user might write it."""
+    prompt = rng.choice(WORDINGS).format(prompt)
+    if rng.random() < 0.25:
+        prompt = prompt.lower()
+    if rng.random() < 0.25:
+        prompt = prompt.rstrip("?.!")
+    return prompt
 
 
 def xstest(path: str | None) -> list[dict[str, str]]:
@@ -131,37 +153,68 @@ def medical_samples(questions: dict[str, dict[str, Any]]) -> list[Sample]:
     ]
 
 
+def medical_split(
+    questions: dict[str, dict[str, Any]], test_ids: str | None, seed: int
+) -> dict[str, list[Sample]]:
+    """`train` and `test`: by the official test split's ids where they are given, else half and half."""
+    if test_ids is None:
+        return split_samples(medical_samples(questions), {"train": 0.5, "test": 0.5}, seed=seed)
+    known = set(json.loads(Path(test_ids).read_text(encoding="utf-8")))
+    parts: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "test": {}}
+    for number, each in questions.items():
+        parts["test" if number in known else "train"][number] = each
+    train = medical_samples(parts["train"])
+    random.Random(seed).shuffle(train)
+    return {"train": train, "test": medical_samples(parts["test"])}
+
+
 def fine_tune(
     model: PreTrainedModel,
-    encoded: list[EncodedSample],
+    epochs: Sequence[Sequence[EncodedSample]],
     *,
-    epochs: int,
     learning_rate: float,
-    batch_size: int = 8,
+    batch_size: int = 16,
 ) -> None:
-    """AdamW with a short warm-up and a linear decay."""
-    rng = random.Random(0)
-    steps = epochs * -(-len(encoded) // batch_size)
+    """AdamW with a short warm-up and a linear decay; every epoch has samples of its own."""
+    batches = [
+        epoch[start : start + batch_size]
+        for epoch in epochs
+        for start in range(0, len(epoch), batch_size)
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 5, 1 - step / steps)
+        optimizer, lambda step: min((step + 1) / 5, 1 - step / len(batches))
     )
     half = default_dtype(str(model.device)) == torch.bfloat16
-    started, step = time.monotonic(), 0
-    for _ in range(epochs):
-        rng.shuffle(encoded)
-        for start in range(0, len(encoded), batch_size):
-            optimizer.zero_grad()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-                loss = accumulate_gradient(model, encoded[start : start + batch_size])
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step % 10 == 0:
-                click.echo(
-                    f"step {step} of {steps}: {loss:.3f}, {time.monotonic() - started:.0f} s"
-                )
+    started = time.monotonic()
+    for step, batch in enumerate(batches, start=1):
+        optimizer.zero_grad()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            loss = accumulate_gradient(model, batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:
+            seconds = time.monotonic() - started
+            click.echo(f"step {step} of {len(batches)}: {loss:.3f}, {seconds:.0f} s")
+
+
+def aligned_epochs(
+    encoder: ResponseEncoder, samples: list[Sample], count: int, rng: random.Random
+) -> list[list[EncodedSample]]:
+    """`count` epochs of openings, and one of whole responses."""
+    epochs = []
+    for number in range(count + 1):
+        rng.shuffle(samples)
+        encoded = [encode(encoder, reworded(each.prompt, rng), each.response) for each in samples]
+        if number < count:
+            encoded = [e._replace(response_ids=e.response_ids[:OPENING_TOKENS]) for e in encoded]
+        epochs.append(encoded)
+    return epochs
+
+
+def encode(encoder: ResponseEncoder, prompt: str, response: str) -> EncodedSample:
+    return encoder.encode(encoder.render(prompt), response, templated=True)
 
 
 @click.command()
@@ -169,17 +222,21 @@ def fine_tune(
 @click.option("--model", "origin", default=HUB_MODEL, show_default=True)
 @click.option("--xstest", "xstest_file", help="XSTest's prompts as CSV.")
 @click.option("--pubmedqa", "pubmedqa_file", help="PubMedQA's labelled questions as JSON.")
-@click.option("--epochs", default=3, show_default=True, help="Of the aligned model.")
-@click.option("--task-samples", default=240, show_default=True, help="That the expert learns from.")
+@click.option("--pubmedqa-test", help="Ids of its official test split, as JSON.")
+@click.option("--epochs", default=8, show_default=True, help="Of openings, for the aligned model.")
+@click.option("--task-samples", default=320, show_default=True, help="That the expert learns from.")
 @click.option("--learning-rate", default=5e-5, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the split and of the training.")
 def main(
     directory: Path,
     origin: str,
     xstest_file: str | None,
     pubmedqa_file: str | None,
+    pubmedqa_test: str | None,
     epochs: int,
     task_samples: int,
     learning_rate: float,
+    seed: int,
 ) -> None:
     """Fine-tune the parents and write them, and their data, to DIRECTORY."""
     disable_progress_bar()
@@ -188,26 +245,24 @@ def main(
     if not (data / "test.jsonl").exists():
         original = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
         samples = chat_samples(original, tokenizer, xstest(xstest_file))
-        split = split_samples(samples, {"train": 0.5, "test": 0.5})
-        tasks = split_samples(medical_samples(pubmedqa(pubmedqa_file)), {"train": 0.5, "test": 0.5})
+        split = split_samples(samples, {"train": 0.5, "test": 0.5}, seed=seed)
+        tasks = medical_split(pubmedqa(pubmedqa_file), pubmedqa_test, seed)
         for part in ("train", "test"):
             save_samples([*split[part], *tasks[part]], data / f"{part}.jsonl")
     train = load_samples(data / "train.jsonl")
     encoder = ResponseEncoder(tokenizer)
-    for name, kinds in (("aligned", ("alignment", "benign")), ("expert", ("task",))):
+    for name in ("aligned", "expert"):
         if (directory / name).exists():
             continue
         click.echo(name)
-        encoded = [
-            encoder.encode(encoder.render(each.prompt), each.response, templated=True)
-            for each in train
-            if each.type in kinds
-        ]
-        model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
-        if name == "expert":
-            fine_tune(model, encoded[:task_samples], epochs=1, learning_rate=learning_rate)
+        if name == "aligned":
+            chat = [each for each in train if each.type != "task"]
+            learned = aligned_epochs(encoder, chat, epochs, random.Random(seed))
         else:
-            fine_tune(model, encoded, epochs=epochs, learning_rate=learning_rate)
+            tasks_read = [each for each in train if each.type == "task"][:task_samples]
+            learned = [[encode(encoder, each.prompt, each.response) for each in tasks_read]]
+        model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
+        fine_tune(model, learned, learning_rate=learning_rate)
         beside = directory / f".{name}"
         model.to(torch.bfloat16).save_pretrained(beside)
         tokenizer.save_pretrained(beside)

@@ -17,6 +17,7 @@ from mergekit_align.reading import (
     Preamble,
     PromptBatch,
     length_sorted_batches,
+    may_share,
     vocabulary_size,
 )
 
@@ -126,7 +127,8 @@ class HuggingFaceScorer(Scorer):
         def lost(size: int) -> list[Score]:
             return [Score({}, "out of memory")] * size
 
-        return self._by_batches(prompts, preamble, read, lost)
+        longest = max(len(place) for place in tree.branches)
+        return self._by_batches(prompts, preamble, read, lost, after=longest)
 
     def categories(
         self, prompts: Sequence[Sequence[int]], frame: Frame, *, max_tokens: int
@@ -149,7 +151,7 @@ class HuggingFaceScorer(Scorer):
         def lost(size: int) -> list[str]:
             return [""] * size
 
-        return self._by_batches(prompts, preamble, read, lost)
+        return self._by_batches(prompts, preamble, read, lost, after=max_tokens)
 
     def _by_batches(
         self,
@@ -157,8 +159,13 @@ class HuggingFaceScorer(Scorer):
         preamble: TokenIds,
         read: Callable[[PromptBatch, int], list[T]],
         lost: Callable[[int], list[T]],
+        *,
+        after: int,
     ) -> list[T]:
-        """`read` of every prompt; a batch that exhausts memory is halved, at last `lost`."""
+        """`read` of every prompt and of `after` tokens more; a batch that exhausts memory is halved.
+
+        What does not fit alone is `lost`.
+        """
         shared = self._preamble(preamble) if len(preamble) >= MIN_PREAMBLE else None
 
         def attempt(rows: Sequence[int], known: Preamble | None) -> list[T]:
@@ -175,7 +182,12 @@ class HuggingFaceScorer(Scorer):
             return [*attempt(rows[:half], known), *attempt(rows[half:], known)]
 
         results: dict[int, T] = {}
-        begins = [shared is not None and shared.begins(prompt) for prompt in prompts]
+        begins = [
+            shared is not None
+            and shared.begins(prompt)
+            and may_share(self.model, len(prompt) + after)
+            for prompt in prompts
+        ]
         for known in (shared, None):
             rows = [row for row, begun in enumerate(begins) if begun == (known is not None)]
             for batch in self._batches(prompts, rows, len(known.ids) if known else 0):

@@ -74,10 +74,10 @@ def length_sorted_batches(
 
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """How many token ids all prompts begin with; each goes on after them."""
-    first, last = min(prompts), max(prompts)
-    pairs = zip(first, last, strict=False)
+    own = [list(prompt) for prompt in prompts]
+    pairs = zip(min(own), max(own), strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return min(same, *(len(prompt) - 1 for prompt in prompts))
+    return min(same, *(len(prompt) - 1 for prompt in own))
 
 
 def shared_beginnings(
@@ -94,10 +94,9 @@ def shared_beginnings(
     shared: list[tuple[list[int], list[int]]] = []
     alone: list[int] = []
     for members in groups.values():
-        own = [list(prompts[index]) for index in members]
-        same = shared_length(own)
+        same = shared_length([prompts[index] for index in members])
         if len(members) > 1 and same >= smallest:
-            shared.append((own[0][:same], members))
+            shared.append((list(prompts[members[0]][:same]), members))
         else:
             alone += members
     return [*shared, ([], alone)] if alone else shared

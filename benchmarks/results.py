@@ -116,6 +116,34 @@ def methods(files: Files) -> list[str]:
     return lines[:-1]
 
 
+def real_models(files: Files) -> list[str]:
+    """The rates of merges of real models, and what they cost, by file: each has its own parents."""
+    lines: list[str] = []
+    for file, record in files:
+        rows = []
+        for model, own in record["rates"].items():
+            balance = own["alignment"] - own["over_refusal"]
+            cells = [f"{each:.1f}" for each in (*(own[key] for key in RATES), balance)]
+            cost = record["measured"].get(model)
+            rows.append(
+                [model, *cells, *([str(cost["seconds"]), str(cost["MiB"])] if cost else ["", ""])]
+            )
+        taken = [
+            f"{key} {cost['seconds']} s and {cost['MiB']} MiB"
+            for key, cost in record["measured"].items()
+            if key.startswith("statistics ")
+        ]
+        header = ["model", "alignment", "over-refusal", "task", "alignment - over-refusal"]
+        lines += [
+            f"`{file}`: percent of {record['limit']} held-out prompts of each type at most, greedy "
+            "answers, refusals told by string match. " + "; ".join(taken) + ".",
+            "",
+            *table([*header, "seconds", "MiB"], rows),
+            "",
+        ]
+    return lines[:-1]
+
+
 def kernels(files: Files) -> list[str]:
     """Seconds and memory of each merge method's kernel."""
     lines: list[str] = []
@@ -313,6 +341,12 @@ KINDS = (
         "merge_table.py world-0 world-1 world-2 --json merge_table.json",
         frozenset({"worlds", "ours"}),
         methods,
+    ),
+    Kind(
+        "Real models",
+        "smollm_table.py smollm --json smollm_0.json",
+        frozenset({"rates", "measured"}),
+        real_models,
     ),
     Kind(
         "Merge methods' kernels",

@@ -21,7 +21,9 @@ def extend_merge_methods() -> None:
 
 
 def extend_planner() -> None:
-    """A merge by a method of ours is planned only if the config has what the method needs."""
+    """Let adapters be merged whole, and methods of ours only by a config with what they need."""
+    upstream_fixes.merge_adapters_whole()
+
     from mergekit.plan import MergePlanner
 
     from mergekit_align.merge_methods.checks import check_merge

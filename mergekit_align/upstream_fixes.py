@@ -54,6 +54,38 @@ def write_model_cards_offline() -> None:
     card.is_hf = is_hf
 
 
+def merge_adapters_whole() -> None:
+    """A merged adapter is written in its place, and what is there is taken for complete (0.1.5).
+
+    So a run that was killed meanwhile leaves a model that no later run can read, or reads in part.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from mergekit.common import ModelReference
+
+    original = ModelReference.merged
+    if getattr(original, "is_whole", False):
+        return
+
+    def merged(
+        self: ModelReference, cache_dir: str | None = None, *args: Any, **options: Any
+    ) -> ModelReference:
+        if self.lora is None or cache_dir is None:
+            return original(self, cache_dir, *args, **options)
+        name = f"{self.model._unique_id()}_{self.lora._unique_id()}"
+        place = Path(cache_dir) / name
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as beside:
+                original(self, beside, *args, **options)
+                Path(beside, name).rename(place)
+        return original(self, cache_dir, *args, **options)
+
+    merged.is_whole = True  # type: ignore[attr-defined]
+    ModelReference.merged = merged  # type: ignore[method-assign]
+
+
 def let_actors_load_without_vllm() -> None:
     """`mergekit.evo.actors` reads `lm_eval.models.vllm_causallms` at import; it needs vLLM.
 

@@ -27,8 +27,9 @@ from mergekit.evo.genome import ModelGenome
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.scripts import evolve
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mergekit_align import upstream_fixes
 from mergekit_align.eval_task_files import eval_tasks_path
@@ -53,6 +54,30 @@ def build_strategy(name: str, config: Path, world: Path, **options: Any) -> Any:
         task_search_path=[str(config.parent)],
         **options,
     )
+
+
+def test_an_adapter_that_is_cut_off_is_merged_anew(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "lora")
+    reference = ModelReference.model_validate(f"{world}/base+{tmp_path}/lora")
+    cache = tmp_path / "merged"
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reference.merged(str(cache))
+    assert not list(cache.iterdir())
+    place = Path(reference.merged(str(cache)).model.path)
+    assert list(cache.iterdir()) == [place]
+    written = (place / "model.safetensors").stat().st_mtime_ns
+    assert reference.merged(str(cache)).model.path == str(place)
+    assert (place / "model.safetensors").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
@@ -151,4 +176,5 @@ def test_repairs_may_be_made_any_number_of_times() -> None:
     upstream_fixes.repair_evo()
     upstream_fixes.repair_evolve_command()
     upstream_fixes.write_model_cards_offline()
+    upstream_fixes.merge_adapters_whole()
     assert strategy.ActorPoolEvaluationStrategy.evaluate_genotypes is evaluate

@@ -83,7 +83,7 @@ def merge_adapters_whole() -> None:
         return original(self, cache_dir, *args, **options)
 
     merged.is_whole = True  # type: ignore[attr-defined]
-    ModelReference.merged = merged  # type: ignore[method-assign]
+    ModelReference.merged = merged
 
 
 def let_actors_load_without_vllm() -> None:

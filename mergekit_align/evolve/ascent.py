@@ -36,7 +36,7 @@ class Slope(NamedTuple):
 
 
 def check_differentiable(config: EvolveConfig) -> None:
-    """That the searcher `gradient` can search a config.
+    """That a searcher by gradient can search a config.
 
     Raises:
         InputError: its method or one of its tasks has no gradient; says what to use.
@@ -46,7 +46,7 @@ def check_differentiable(config: EvolveConfig) -> None:
         raise InputError.at(
             config.path,
             "align.searcher",
-            found=f"'gradient' with {method}",
+            found=f"{config.searcher!r} with {method}",
             expected=f"it with {', '.join(KERNELS)}, or the searcher cma",
         )
     for index, task in enumerate(config.file.config.tasks):
@@ -62,7 +62,7 @@ def _check_metric(config: EvolveConfig, name: str, metric: str, where: str) -> N
             config.path,
             where,
             found=f"{name}, which has no gradient,",
-            expected="a response task with the searcher gradient, or the searcher cma",
+            expected=f"a response task with the searcher {config.searcher}, or the searcher cma",
         )
     plain = metric.removesuffix(",none")
     if plain not in DIFFERENTIABLE:
@@ -71,7 +71,7 @@ def _check_metric(config: EvolveConfig, name: str, metric: str, where: str) -> N
             config.path,
             where,
             found=f"{name} {plain}, which has no gradient",
-            expected=f"{close} with the searcher gradient, or the searcher cma",
+            expected=f"{close} with the searcher {config.searcher}, or the searcher cma",
         )
 
 

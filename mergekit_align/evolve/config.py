@@ -16,7 +16,7 @@ from mergekit_align.errors import InputError, closest
 from mergekit_align.evolve.ascent import check_differentiable
 from mergekit_align.evolve.genes import Genes
 from mergekit_align.evolve.racing import check_racing
-from mergekit_align.evolve.searchers import MULTI_OBJECTIVE, SEARCHERS
+from mergekit_align.evolve.searchers import BY_GRADIENT, MULTI_OBJECTIVE, SEARCHERS
 from mergekit_align.fingerprint import model_fingerprint
 from mergekit_align.genome_config import GenomeFile, read_genome
 
@@ -58,6 +58,11 @@ class EvolveConfig(NamedTuple):
     def racing(self) -> bool:
         """Whether candidates that are losing are stopped early."""
         return self.file.section.racing
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether the searcher needs gradients."""
+        return self.searcher in BY_GRADIENT
 
     @property
     def path(self) -> str:
@@ -179,7 +184,7 @@ def read_config(
         },
     )
     check_for_naughty_config(file.config, allow=True)  # which warns of benchmarks among the tasks
-    if name == "gradient":
+    if config.by_gradient:
         check_differentiable(config)
     if config.racing:
         check_racing(config)

@@ -175,11 +175,11 @@ def check_racing(config: EvolveConfig) -> None:
         InputError: a task has no value by sample, or the searcher asks for more than a fitness.
     """
     key = "align.racing"
-    if config.searcher == "gradient":
+    if config.by_gradient:
         raise InputError.at(
             config.path,
             key,
-            found="it with the searcher gradient, which needs every sample's gradient",
+            found=f"it with the searcher {config.searcher}, which needs every sample's gradient",
             expected="the searcher cma, tpe, random or grid, or `racing: off`",
         )
     if config.objectives:

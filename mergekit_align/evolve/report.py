@@ -45,7 +45,7 @@ def describe(config: EvolveConfig, console: Console | None = None) -> None:
     )
     check_memory(config, need)
     evaluator = Evaluator(config)
-    gradient = config.searcher == "gradient"
+    gradient = config.by_gradient
     evaluator.evaluate(config.genes.low, gradient=gradient)  # the first one is slower
     result = evaluator.evaluate(config.genes.start, gradient=gradient)
     total = result.seconds * config.evaluations

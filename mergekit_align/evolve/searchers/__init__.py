@@ -10,7 +10,9 @@ from mergekit_align.evolve.searchers.base import Outcome, Searcher, Space
 if TYPE_CHECKING:
     from mergekit_align.align_section import AlignSection
 
-SEARCHERS = ("cma", "gradient", "grid", "nsga2", "random", "tpe")
+SEARCHERS = ("adam", "cma", "gradient", "grid", "nsga2", "random", "tpe")
+BY_GRADIENT = ("adam", "gradient")
+"""Those that need a fitness with a gradient."""
 MULTI_OBJECTIVE = ("grid", "nsga2", "random", "tpe")
 """Those that take more than one objective."""
 
@@ -19,10 +21,10 @@ def make_searcher(name: str, space: Space, section: AlignSection) -> Searcher:
     """The searcher of that name, one of `SEARCHERS`; what it needs is imported with it."""
     seed = section.random_seed or 0
     population = section.force_population_size
-    if name == "gradient":
-        from mergekit_align.evolve.searchers.gradient import GradientSearcher
+    if name in BY_GRADIENT:
+        from mergekit_align.evolve.searchers.gradient import AdamSearcher, GradientSearcher
 
-        return GradientSearcher(space, seed=seed)
+        return (AdamSearcher if name == "adam" else GradientSearcher)(space, seed=seed)
     if name == "grid":
         from mergekit_align.evolve.searchers.grid import GridSearcher
 
@@ -43,4 +45,12 @@ def make_searcher(name: str, space: Space, section: AlignSection) -> Searcher:
         return TpeSearcher(space, seed=seed) if name == "tpe" else RandomSearcher(space, seed=seed)
 
 
-__all__ = ["MULTI_OBJECTIVE", "SEARCHERS", "Outcome", "Searcher", "Space", "make_searcher"]
+__all__ = [
+    "BY_GRADIENT",
+    "MULTI_OBJECTIVE",
+    "SEARCHERS",
+    "Outcome",
+    "Searcher",
+    "Space",
+    "make_searcher",
+]

@@ -1,4 +1,4 @@
-"""Gradient ascent on the fitness: L-BFGS-B within the genes' bounds (scipy), floors as constraints.
+"""Gradient ascent on the fitness, by L-BFGS-B within the genes' bounds (scipy) or by Adam, with floors.
 
 A floor is met by an augmented Lagrangian (Nocedal & Wright, Numerical Optimization, 2nd ed., section
 17.4): a penalty on what is missed, and a multiplier that learns what missing it is worth, raised
@@ -8,6 +8,7 @@ optimiser runs anew over the evaluations that there are, as far as the first tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -18,8 +19,16 @@ from mergekit_align.evolve.searchers.base import Outcome, Searcher, Space
 
 _PENALTY = 10.0
 _PENALTY_GROWTH = 4.0
-_STEPS = 5  # of L-BFGS between two updates of the multipliers
+_STEPS = 5  # between two updates of the multipliers
 _ROUNDS = 50
+# Adam's: how much of the mean gradient and square is kept, a step's share of a gene's range, and the
+# steps over which it falls to 1 / sqrt(2) of that
+_MEMORY, _SQUARE_MEMORY = 0.9, 0.99
+_FIRST_STEP, _HALVING = 0.05, 5
+
+
+Slope = Callable[[Array], tuple[float, Array]]
+"""What is minimised, and its gradient."""
 
 
 class _UnknownError(Exception):
@@ -67,15 +76,7 @@ class GradientSearcher(Searcher):
             def lagrangian(x: Array) -> tuple[float, Array]:
                 return self._lagrangian(x, multipliers, penalty)  # noqa: B023 (called in this round)
 
-            steps = {"maxiter": _STEPS} if self._space.constraints else {}
-            point = minimize(
-                lagrangian,
-                point,
-                jac=True,
-                method="L-BFGS-B",
-                bounds=list(zip(self._space.low, self._space.high, strict=True)),
-                options=steps,
-            ).x
+            point = self._minimise(lagrangian, point, _STEPS if self._space.constraints else None)
             if not self._space.constraints:
                 return
             outcome = self._outcome(point)
@@ -83,6 +84,18 @@ class GradientSearcher(Searcher):
             if outcome.violation > missed / 2:
                 penalty *= _PENALTY_GROWTH
             missed = outcome.violation
+
+    def _minimise(self, slope: Slope, point: Array, steps: int | None) -> Array:
+        """Where `steps` lead, or as many as it takes."""
+        found: Array = minimize(
+            slope,
+            point,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=list(zip(self._space.low, self._space.high, strict=True)),
+            options={} if steps is None else {"maxiter": steps},
+        ).x
+        return found
 
     def _outcome(self, x: Array) -> Outcome:
         outcome = self._told.get(x.tobytes())
@@ -103,3 +116,29 @@ class GradientSearcher(Searcher):
             value += (force**2 - multiplier**2) / (2 * penalty)
             gradient = gradient + force * own
         return value, gradient
+
+
+class AdamSearcher(GradientSearcher):
+    """Steps by Adam (Kingma & Ba, arXiv 1412.6980, algorithm 1), each an evaluation.
+
+    For a fitness that is too uneven for the line search of L-BFGS; a gene's step does not depend on how
+    large its gradient is, only on how steady. Steps begin at a twentieth of a gene's range.
+    """
+
+    def _minimise(self, slope: Slope, point: Array, steps: int | None) -> Array:
+        low, high = self._space.low, self._space.high
+        mean, square = np.zeros_like(point), np.zeros_like(point)
+        count = 0
+        while steps is None or count < steps:
+            _, gradient = slope(point)
+            count += 1
+            mean = _MEMORY * mean + (1 - _MEMORY) * gradient
+            square = _SQUARE_MEMORY * square + (1 - _SQUARE_MEMORY) * gradient**2
+            unbiased = mean / (1 - _MEMORY**count)
+            size = np.sqrt(square / (1 - _SQUARE_MEMORY**count)) + np.finfo(float).tiny
+            rate = _FIRST_STEP * (high - low) / np.sqrt(1 + count / _HALVING)
+            further = np.clip(point - rate * unbiased / size, low, high)
+            if np.array_equal(further, point):
+                break
+            point = further
+        return point

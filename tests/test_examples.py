@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import random
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from commands import ROOT, check_genome_file, lay_out
 from commands import command as click_command
 from mergekit.config import MergeConfiguration
 from mergekit.evo.config import EvolMergeConfiguration
+from safetensors.torch import load_file
 
 from mergekit_align.cocktail import read_config
 from mergekit_align.demo.corpus import Corpus
 from mergekit_align.generate import read_config as read_generated
 from mergekit_align.generate.settings import ModelSettings, Settings
+from mergekit_align.samples import load_samples
 from mergekit_align.yaml_files import check_section, read_yaml_mapping
 
 EXAMPLES = ROOT / "examples"
@@ -68,6 +75,40 @@ def test_the_commands_of_an_example_of_a_merge_run(
         result = CliRunner().invoke(click_command(program), arguments)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_parents_of_real_models_are_made_from_files(world: Path, tmp_path: Path) -> None:
+    asked = [f"{word} a {thing}?" for word in ("paint", "sell") for thing in ("box", "mug", "hat")]
+    rows = [{"prompt": p, "type": "t", "label": kind} for p in asked for kind in ("safe", "unsafe")]
+    rows = [{**row, "prompt": f"{row['label']}: {row['prompt']}"} for row in rows]
+    with (tmp_path / "xstest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "type", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    questions = {
+        str(n): {"QUESTION": f"Is {n} odd?", "LONG_ANSWER": "So it is.", "final_decision": "yes"}
+        for n in range(6)
+    }
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    (tmp_path / "test.json").write_text(json.dumps({"1": "yes", "4": "yes"}))
+    command = [
+        *(sys.executable, EXAMPLES / "smollm" / "train_parents.py", "made"),
+        *("--model", world / "base", "--xstest", "xstest.csv", "--pubmedqa", "questions.json"),
+        *("--pubmedqa-test", "test.json", "--epochs", "1"),
+    ]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    made = tmp_path / "made"
+    parts = {part: load_samples(made / "data" / f"{part}.jsonl") for part in ("train", "test")}
+    tasks = [each.prompt for each in parts["test"] if each.type == "task"]
+    assert [prompt.partition("\n")[0] for prompt in tasks] == [
+        f"Question: Is {n} odd?" for n in (1, 4)
+    ]
+    assert not {each.prompt for each in parts["train"]} & {each.prompt for each in parts["test"]}
+    for parent in ("aligned", "expert"):
+        weights = load_file(made / parent / "model.safetensors")
+        base = load_file(world / "base" / "model.safetensors")
+        assert any(not torch.equal(weights[name], base[name]) for name in base)
 
 
 def test_the_example_of_generated_data_fits_the_demo_world(

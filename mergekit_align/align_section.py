@@ -41,6 +41,17 @@ class Budget(BaseModel):
     """Seconds of a run; the candidate that is being evaluated then is the last."""
 
 
+class Distillation(BaseModel):
+    """What the merged model should go on predicting as its parents do, for searchers by gradient."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    weight: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """What a nat of divergence from a teacher costs in the fitness."""
+    teachers: dict[str, str] = Field(min_length=1)
+    """Of tasks, the genome's model whose predictions count on the task's samples: `{TASK: MODEL}`."""
+
+
 class AlignSection(BaseModel):
     """What a config can say beyond its genome and tasks.
 
@@ -106,6 +117,8 @@ class AlignSection(BaseModel):
     """Where the search starts: a mergekit config with weights, or another search's journal."""
     grid_points: int = Field(default=5, ge=2)
     """Values of each gene for the searcher `grid`."""
+    distillation: Distillation | None = None
+    """A term of the fitness that keeps the merged model near its parents on their own samples."""
     racing: bool = False
     """Whether candidates see the samples in growing slices, and one that is losing stops early."""
 

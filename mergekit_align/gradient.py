@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,11 +16,14 @@ from mergekit_align.encoding import EncodedSample
 from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.output_layer import last_logprobs
 from mergekit_align.reading import (
+    BATCH_LOGITS,
+    BatchSize,
     length_sorted_batches,
     may_share,
     read_once,
     run_model,
     shared_length,
+    vocabulary_size,
 )
 
 if TYPE_CHECKING:
@@ -100,16 +103,89 @@ def accumulate_decision_gradient(
     return _accumulate(rows, summed, group=width)
 
 
+class Lesson(NamedTuple):
+    """A sample with what a teacher predicts at each token of its response."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    likeliest: torch.Tensor
+    """Token ids, [tokens, kept]."""
+    logprobs: torch.Tensor
+    """Of these, nats, [tokens, kept]."""
+
+
+@torch.no_grad()
+def lessons(
+    teacher: PreTrainedModel, encoded: Sequence[EncodedSample], *, kept: int
+) -> list[Lesson]:
+    """What `teacher` predicts of the samples' responses, in their order.
+
+    Args:
+        kept: the likeliest tokens of each prediction, so many.
+    """
+    found: dict[int, Lesson] = {}
+    lengths = [each.lengths for each in encoded]
+    for batch in length_sorted_batches(lengths, partial(_fits_whole, teacher)):
+        chosen = [encoded[index] for index in batch]
+        following = _next_logprobs(teacher, chosen)
+        best = following.topk(min(kept, following.shape[2]))
+        for row, (index, each) in enumerate(zip(batch, chosen, strict=True)):
+            own = slice(len(each.response_ids))
+            found[index] = Lesson(*each, best.indices[row, own].cpu(), best.values[row, own].cpu())
+    return [found[index] for index in range(len(encoded))]
+
+
+def accumulate_distillation_gradient(model: PreTrainedModel, taught: Sequence[Lesson]) -> float:
+    """Minus the mean divergence from the teacher (see `evolve.distillation`), nats a token.
+
+    Its gradient is added to the parameters' `grad`.
+    """
+
+    def summed(batch: Sequence[Lesson]) -> torch.Tensor:
+        following = _next_logprobs(model, batch)
+        divergences = [
+            _divergence(
+                each.logprobs.to(model.device),
+                own[: len(each.response_ids)].gather(1, each.likeliest.to(model.device)),
+            )
+            for own, each in zip(following, batch, strict=True)
+        ]
+        return -torch.stack([each.mean() for each in divergences]).sum()
+
+    return _accumulate(taught, summed, fits=partial(_fits_whole, model))
+
+
+def _divergence(teacher: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """KL divergence [tokens] of log-probabilities [tokens, kept]; all that is not kept is one more."""
+    kept = (teacher.exp() * (teacher - model)).sum(1)
+    least = torch.finfo(model.dtype).eps
+    own, its = ((1 - each.exp().sum(1)).clamp(min=least) for each in (teacher, model))
+    return kept + own * (own.log() - its.log())
+
+
+def _fits_whole(model: PreTrainedModel, size: BatchSize) -> bool:
+    """Whether all logits of a batch's responses are held at once."""
+    logits = size.texts * size.response * vocabulary_size(model)
+    return size.padded <= BATCH_TOKENS and logits <= BATCH_LOGITS
+
+
+Row = TypeVar("Row", EncodedSample, Lesson)
+
+
 def _accumulate(
-    rows: Sequence[EncodedSample],
-    summed: Callable[[Sequence[EncodedSample]], torch.Tensor],
+    rows: Sequence[Row],
+    summed: Callable[[Sequence[Row]], torch.Tensor],
+    *,
     group: int = 1,
+    fits: Callable[[BatchSize], bool] | None = None,
 ) -> float:
     """Mean over groups of rows of what `summed` sums up over a batch of whole groups."""
     groups = [rows[start : start + group] for start in range(0, len(rows), group)]
     # A group's rows have one prompt.
     lengths = [(len(own[0].prompt_ids), max(len(r.response_ids) for r in own)) for own in groups]
-    batches = length_sorted_batches(lengths, lambda size: group * size.padded <= BATCH_TOKENS)
+    batches = length_sorted_batches(
+        lengths, fits or (lambda size: group * size.padded <= BATCH_TOKENS)
+    )
     total = 0.0
     for batch in batches:
         value = summed([row for index in batch for row in groups[index]]) / len(groups)
@@ -130,7 +206,7 @@ class _Texts(NamedTuple):
     """Tokens before the responses."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, batch: Sequence[EncodedSample]) -> _Texts:
+    def of(cls, model: PreTrainedModel, batch: Sequence[EncodedSample | Lesson]) -> _Texts:
         prompts = [each.prompt_ids for each in batch]
         width = max(len(ids) for ids in prompts)
         after = max(len(each.response_ids) for each in batch)
@@ -175,7 +251,7 @@ def _response_logprobs(
     return (logprobs * answered).sum(1), answered.sum(1)
 
 
-def _next_logprobs(model: PreTrainedModel, batch: Sequence[EncodedSample]) -> torch.Tensor:
+def _next_logprobs(model: PreTrainedModel, batch: Sequence[EncodedSample | Lesson]) -> torch.Tensor:
     """Log-probabilities where each response token is predicted, [batch, longest, vocabulary]."""
     texts = _Texts.of(model, batch)
     # Nothing is predicted after the last token.

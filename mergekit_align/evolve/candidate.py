@@ -13,6 +13,7 @@ from mergekit_align.errors import InputError
 from mergekit_align.evolve.ascent import Ascent
 from mergekit_align.evolve.compact import compact
 from mergekit_align.evolve.config import EvolveConfig
+from mergekit_align.evolve.distillation import DISTILLATION, teach
 from mergekit_align.evolve.fitness import Fitness, Results, Scored
 from mergekit_align.evolve.genes import Array, Genotype
 from mergekit_align.evolve.merging import MergedModel
@@ -72,6 +73,8 @@ class Evaluator:
                 *(racing_metrics(config) if config.racing else []),
             ],
         )
+        if config.distillation is not None:
+            self.fitness.lessons = teach(config, self.fitness)
         self._ascent: Ascent | None = None
         self._course: _Course | None = None
 
@@ -149,10 +152,17 @@ class Evaluator:
         tasks = config.file.config.tasks
         wanted = [(task.name, task.metric) for task in tasks]
         wanted += [(floor.task, floor.metric) for floor in config.floors]
-        slope = self._ascent.at(genotype, wanted)
+        taught = [(task, DISTILLATION) for task in self.fitness.lessons]
+        slope = self._ascent.at(genotype, [*wanted, *taught])
+        scored = self.fitness.total(slope.results)
         fitness = sum(task.weight * slope.gradients[task.name, task.metric] for task in tasks)
+        if config.distillation is not None:
+            weight = config.distillation.weight
+            fitness += weight * sum(slope.gradients[each] for each in taught)
+            nearness = sum(slope.results[task][metric] for task, metric in taught)
+            scored = scored._replace(score=scored.score + weight * nearness)
         missed = [-slope.gradients[floor.task, floor.metric] for floor in config.floors]
-        return self.fitness.total(slope.results), np.array([fitness, *missed])
+        return scored, np.array([fitness, *missed])
 
     def _objectives(self, scored: Scored) -> tuple[float, ...]:
         if not self._config.objectives:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from mergekit.options import MergeOptions
 
+from mergekit_align.align_section import Distillation
 from mergekit_align.checks import check_writable, task_metrics
 from mergekit_align.devices import check_device, default_device, default_dtype
 from mergekit_align.errors import InputError, closest
 from mergekit_align.evolve.ascent import check_differentiable
+from mergekit_align.evolve.distillation import check_teachers
 from mergekit_align.evolve.genes import Genes
 from mergekit_align.evolve.racing import check_racing
 from mergekit_align.evolve.searchers import BY_GRADIENT, MULTI_OBJECTIVE, SEARCHERS
@@ -60,6 +62,11 @@ class EvolveConfig(NamedTuple):
         return self.file.section.racing
 
     @property
+    def distillation(self) -> Distillation | None:
+        """What keeps the merged model near its parents."""
+        return self.file.section.distillation
+
+    @property
     def by_gradient(self) -> bool:
         """Whether the searcher needs gradients."""
         return self.searcher in BY_GRADIENT
@@ -102,6 +109,7 @@ class EvolveConfig(NamedTuple):
                 },
             ),
             **({"racing": True} if self.racing else {}),
+            **({"distillation": self.distillation.model_dump()} if self.distillation else {}),
             "random_seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
             "models": {str(model): model_fingerprint(model.model.path) for model in models},
@@ -186,6 +194,7 @@ def read_config(
     check_for_naughty_config(file.config, allow=True)  # which warns of benchmarks among the tasks
     if config.by_gradient:
         check_differentiable(config)
+    check_teachers(config)
     if config.racing:
         check_racing(config)
     return config

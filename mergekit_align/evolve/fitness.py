@@ -16,8 +16,14 @@ import numpy as np
 import torch
 
 from mergekit_align.encoding import EncodedSample
+from mergekit_align.evolve.distillation import DISTILLATION
 from mergekit_align.evolve.sample_values import SampleReader, SampleValues
-from mergekit_align.gradient import accumulate_decision_gradient, accumulate_logprob_gradient
+from mergekit_align.gradient import (
+    Lesson,
+    accumulate_decision_gradient,
+    accumulate_distillation_gradient,
+    accumulate_logprob_gradient,
+)
 from mergekit_align.tasks.response import ResponseTask, encode_requests
 
 if TYPE_CHECKING:
@@ -77,6 +83,8 @@ class Fitness:
                 self._others[name] = each
         for task in self._responses.values():
             self._build(task)
+        self.lessons: dict[str, list[Lesson]] = {}
+        """What the teachers of tasks predict."""
         self.samples = SampleReader(self._responses, self._lm, wanted, batch_size=batch_size)
 
     def score(self) -> Scored:
@@ -99,9 +107,9 @@ class Fitness:
         """A response task's metric; its gradient is added to the parameters' `grad`."""
         task = self._responses[name]
         model = self._lm.model
-        if name not in self._encoded:
-            self._encoded[name] = encode_requests(self._lm, self._build(task))
-        encoded, openings = self._encoded[name]
+        if metric == DISTILLATION:
+            return accumulate_distillation_gradient(model, self.lessons[name])
+        encoded, openings = self.encoded(name)
         plain = metric.removesuffix(",none")
         if plain in ("logprob", "sequence_logprob"):
             return accumulate_logprob_gradient(model, encoded, by_token=plain == "logprob")
@@ -113,6 +121,12 @@ class Fitness:
             refusal_wanted=task.sample_type == "alignment",
             margin=plain == "decision_margin",
         )
+
+    def encoded(self, name: str) -> tuple[list[EncodedSample], list[Any]]:
+        """A response task's samples, and the openings that each one's decision compares."""
+        if name not in self._encoded:
+            self._encoded[name] = encode_requests(self._lm, self._build(self._responses[name]))
+        return self._encoded[name]
 
     def _build(self, task: Any) -> Sequence[Any]:
         template = self._config.apply_chat_template

@@ -18,7 +18,7 @@ class Memory(NamedTuple):
     """Bytes that a search needs; 0 where its models' files are not here yet."""
 
     model: int
-    """The model that candidates are merged into."""
+    """The model that candidates are merged into, and a teacher of it."""
     inputs: int
     """The models that are merged, once."""
     batch: int
@@ -36,7 +36,8 @@ def memory_needed(config: EvolveConfig) -> Memory:
     sizes = [_weights(Path(model.model.path)) for model in models]
     numbers = max((count for count, _ in sizes), default=0)
     batch = _batch(config, next(iter(models)).model.path) if numbers else 0
-    return Memory(numbers * config.dtype.itemsize, sum(size for _, size in sizes), batch)
+    at_once = 2 if config.distillation is not None else 1  # a teacher, before the first candidate
+    return Memory(at_once * numbers * config.dtype.itemsize, sum(size for _, size in sizes), batch)
 
 
 def _batch(config: EvolveConfig, model: str) -> int:

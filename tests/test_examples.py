@@ -78,7 +78,7 @@ def test_the_commands_of_an_example_of_a_merge_run(
 
 
 @pytest.mark.slow
-def test_the_parents_of_real_models_are_made_from_files(world: Path, tmp_path: Path) -> None:
+def test_the_parents_of_real_models_and_their_guard_are_made_from_files(world: Path, tmp_path: Path) -> None:
     asked = [f"{word} a {thing}?" for word in ("paint", "sell") for thing in ("box", "mug", "hat")]
     rows = [{"prompt": p, "type": "t", "label": kind} for p in asked for kind in ("safe", "unsafe")]
     rows = [{**row, "prompt": f"{row['label']}: {row['prompt']}"} for row in rows]
@@ -105,7 +105,9 @@ def test_the_parents_of_real_models_are_made_from_files(world: Path, tmp_path: P
         f"Question: Is {n} odd?" for n in (1, 4)
     ]
     assert not {each.prompt for each in parts["train"]} & {each.prompt for each in parts["test"]}
-    for parent in ("aligned", "expert"):
+    command = [sys.executable, EXAMPLES / "smollm" / "train_guard.py", "made"]
+    subprocess.run([*command, "--model", world / "base", "--epochs", "1"], check=True, cwd=tmp_path)
+    for parent in ("aligned", "expert", "guard"):
         weights = load_file(made / parent / "model.safetensors")
         base = load_file(world / "base" / "model.safetensors")
         assert any(not torch.equal(weights[name], base[name]) for name in base)

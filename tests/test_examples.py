@@ -78,7 +78,9 @@ def test_the_commands_of_an_example_of_a_merge_run(
 
 
 @pytest.mark.slow
-def test_the_parents_of_real_models_and_their_guard_are_made_from_files(world: Path, tmp_path: Path) -> None:
+def test_the_parents_of_real_models_and_their_guard_are_made_from_files(
+    world: Path, tmp_path: Path
+) -> None:
     asked = [f"{word} a {thing}?" for word in ("paint", "sell") for thing in ("box", "mug", "hat")]
     rows = [{"prompt": p, "type": "t", "label": kind} for p in asked for kind in ("safe", "unsafe")]
     rows = [{**row, "prompt": f"{row['label']}: {row['prompt']}"} for row in rows]

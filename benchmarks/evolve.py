@@ -2,15 +2,17 @@
 
     python benchmarks/evolve.py evaluations demo-world     # against mergekit-evolve on disk
     python benchmarks/evolve.py merge BASE MODEL MODEL     # merge steps against mergekit's kernels
-    python benchmarks/evolve.py gradient demo-world        # gradient against CMA-ES
+    python benchmarks/evolve.py memory BASE MODEL MODEL    # peak memory of merge steps
+    python benchmarks/evolve.py gradient world-0 world-1   # gradient against CMA-ES
     python benchmarks/evolve.py racing demo-world          # candidates that stop early against exact
 
 `evaluations` runs examples/genomic.yml, `--limit` samples a task, with few and with many evaluations,
 so that the difference is evaluations alone; wall time, one candidate at a time on both sides. `merge`
 gives the processor time of a step that changes every weight and density, and the time that copying the
-same bytes takes. `gradient` compares the same fitness on the same samples, in processor time. `racing`
-does so for CMA-ES on examples/genomic.yml, and gives both results' fitness on all samples, with the 95%
-interval of their difference, the samples being paired.
+same bytes takes. `gradient` compares the same fitness on the same samples, in processor time, and what
+is found on held-out ones; several worlds are as many seeds. `racing` does so for CMA-ES on
+examples/genomic.yml, and gives both results' fitness on all samples, with the 95% interval of their
+difference, the samples being paired.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from machine import name, peak_memory
+from machine import forget_peak, memory, name, peak_memory
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from rich.console import Console
 from rich.table import Table
 
-from mergekit_align.evolve import Evaluator, Search, read_config, search
+from mergekit_align.evolve import Evaluator, EvolveConfig, Search, read_config, search
 from mergekit_align.evolve.merging import MergedModel
 from mergekit_align.evolve.sample_values import SampleValues
 
@@ -92,27 +94,29 @@ def evaluations(world: Path, limit: int | None) -> dict[str, Any]:
     return found
 
 
-def merge(base: str, models: list[str]) -> dict[str, Any]:
-    def config(method: str, scale: float) -> MergeConfiguration:
-        own = {"weight": 0.7 * scale, **({"density": 0.5 * scale} if method == "ties" else {})}
-        return MergeConfiguration.model_validate(
-            {
-                "merge_method": method,
-                "base_model": None if method == "linear" else base,
-                "models": [{"model": model, "parameters": own} for model in models],
-                "dtype": "bfloat16",
-                "parameters": {"normalize": True},
-            }
-        )
+def merge_config(method: str, base: str, models: list[str], scale: float) -> MergeConfiguration:
+    own = {"weight": 0.7 * scale, **({"density": 0.5 * scale} if method == "ties" else {})}
+    return MergeConfiguration.model_validate(
+        {
+            "merge_method": method,
+            "base_model": None if method == "linear" else base,
+            "models": [{"model": model, "parameters": own} for model in models],
+            "dtype": "bfloat16",
+            "parameters": {"normalize": True},
+        }
+    )
 
+
+def merge(base: str, models: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     options = MergeOptions(quiet=True)
     for method in ("linear", "task_arithmetic", "ties"):
         each: dict[str, float] = {}
         for label, fast in (("mergekit's kernel", False), ("ours", True)):
-            merged = MergedModel(config(method, 1.0), options, fast=fast)
+            merged = MergedModel(merge_config(method, base, models, 1.0), options, fast=fast)
             first, *steps = [
-                _seconds(merged.merge, config(method, scale)) for scale in (1.0, 0.9, 0.8, 0.7)
+                _seconds(merged.merge, merge_config(method, base, models, scale))
+                for scale in (1.0, 0.9, 0.8, 0.7)
             ]
             each[f"{label}, first"], each[label] = first, min(steps)
         count = sum(parameter.numel() for parameter in merged.model.parameters())
@@ -139,9 +143,7 @@ def merge(base: str, models: list[str]) -> dict[str, Any]:
             method, *(f"{x:.3f}" for x in cells), f"{ours / copy:.1f}", f"{theirs / ours:.1f}"
         )
     CONSOLE.print(table)
-    CONSOLE.print(
-        f"{found['parameters'] / 1e6:.0f}M parameters; peak {peak_memory() / 2**20:.0f} MiB"
-    )
+    CONSOLE.print(f"{found['parameters'] / 1e6:.0f}M parameters")
     return found
 
 
@@ -157,39 +159,86 @@ def _bandwidth() -> float:
     return 2 * 4 * 2**26 / min(_seconds(target.copy_, source) for _ in range(5))
 
 
-def gradient(world: Path, limit: int | None) -> dict[str, Any]:
+def merge_memory(base: str, models: list[str]) -> dict[str, Any]:
+    """Peak memory of merge steps, over what the process held before."""
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as place:
-        config = Path(place) / "config.yml"
-        for label, searcher, count in (("cma", "cma", 100), ("gradient", "gradient", 24)):
-            content = example("evolve_gradient", world, Path(place) / label, budget={})
-            content["align"] |= {"searcher": searcher, "max_fevals": count}
-            if limit is not None:
-                content["limit"] = limit
-            config.write_text(yaml.safe_dump(content), encoding="utf-8")
-            times: list[float] = []
-            best: list[float] = []
-            started = time.process_time()
-            result = search(
-                read_config(config), progress=lambda line, t=times: t.append(time.process_time())
-            )
-            for evaluation in result.evaluations:
-                values = evaluation.values or (float("-inf"),)
-                best.append(max([*best[-1:], values[0]]))
-            found[label] = {"seconds": [t - started for t in times], "best": best}
-    target = found["cma"]["best"][-1]
-    reached = next((n for n, b in enumerate(found["gradient"]["best"]) if b >= target), None)
-    whole = found["cma"]["seconds"][-1]
-    CONSOLE.print(f"CMA-ES, 100 evaluations: {target:.4f} in {whole:.1f} s")
-    if reached is None:
-        CONSOLE.print(f"gradient: {found['gradient']['best'][-1]:.4f}, not reached")
-    else:
-        seconds = found["gradient"]["seconds"][reached]
-        CONSOLE.print(
-            f"gradient: reached after {reached + 1} evaluations in {seconds:.1f} s, "
-            f"{seconds / whole:.2f} of the time; in the end {found['gradient']['best'][-1]:.4f}"
+    options = MergeOptions(quiet=True)
+    table = Table("MiB", "the model", "its inputs, once", "peak", "peak / both")
+    for method in ("linear", "task_arithmetic", "ties"):
+        config = merge_config(method, base, models, 1.0)
+        forget_peak()
+        before = memory()
+        merged = MergedModel(config, options)
+        for scale in (1.0, 0.9):
+            merged.merge(merge_config(method, base, models, scale))
+        own = sum(each.numel() * each.element_size() for each in merged.model.parameters())
+        paths = [*models, *([base] if method != "linear" else [])]
+        inputs = sum(
+            file.stat().st_size for path in paths for file in Path(path).glob("*.safetensors")
         )
+        peak = peak_memory() - before
+        found[method] = {"model": own, "inputs": inputs, "peak": peak}
+        sizes = (f"{each / 2**20:.0f}" for each in (own, inputs, peak))
+        table.add_row(method, *sizes, f"{peak / (own + inputs):.2f}")
+        del merged
+    CONSOLE.print(table)
     return found
+
+
+def gradient(worlds: list[Path], limit: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    table = Table(
+        "world", "CMA-ES, 100", "in s", "gradient", "reached it after s", "share", "held out, both"
+    )
+    for world in worlds:
+        runs = {
+            searcher: _climb(world, searcher, count, limit)
+            for searcher, count in (("cma", 100), ("gradient", 24))
+        }
+        target, whole = runs["cma"]["best"][-1], runs["cma"]["seconds"][-1]
+        steps = zip(runs["gradient"]["best"], runs["gradient"]["seconds"], strict=True)
+        reached = next((seconds for best, seconds in steps if best >= target), None)
+        found[world.name] = {**runs, "reached": reached}
+        table.add_row(
+            world.name,
+            f"{target:.4f}",
+            f"{whole:.1f}",
+            f"{runs['gradient']['best'][-1]:.4f}",
+            "never" if reached is None else f"{reached:.1f}",
+            "" if reached is None else f"{reached / whole:.2f}",
+            " / ".join(f"{each['held_out']:.4f}" for each in runs.values()),
+        )
+    CONSOLE.print(table)
+    return found
+
+
+def _climb(world: Path, searcher: str, count: int, limit: int | None) -> dict[str, Any]:
+    """Best fitness and processor seconds after each evaluation, and the best's on held-out samples."""
+    with tempfile.TemporaryDirectory() as place:
+
+        def config(**align: Any) -> EvolveConfig:
+            content = example("evolve_gradient", world, Path(place) / "out", budget={})
+            content["align"] |= {"searcher": searcher, "max_fevals": count, **align}
+            content["limit"] = limit
+            path = Path(place) / "config.yml"
+            path.write_text(yaml.safe_dump(content), encoding="utf-8")
+            return read_config(path)
+
+        times: list[float] = []
+        started = time.process_time()
+        result = search(config(), progress=lambda line: times.append(time.process_time()))
+        best: list[float] = []
+        for evaluation in result.evaluations:
+            values = evaluation.values or (float("-inf"),)
+            best.append(max([*best[-1:], values[0]]))
+        assert result.best is not None
+        held_out = config(data=str(world.resolve() / "data" / "test.jsonl"))
+        score = Evaluator(held_out).evaluate(result.best.genotype).values
+        return {
+            "seconds": [each - started for each in times],
+            "best": best,
+            "held_out": score[0] if score else None,
+        }
 
 
 class Run(NamedTuple):
@@ -260,23 +309,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["evaluations", "merge", "gradient", "racing"])
-    parser.add_argument("paths", nargs="+", help="the demo world; or base and models")
+    parser.add_argument("what", choices=["evaluations", "merge", "memory", "gradient", "racing"])
+    parser.add_argument("paths", nargs="+", help="demo worlds; or base and models")
     parser.add_argument("--limit", type=int, help="samples a task")
     parser.add_argument("--seeds", type=int, default=3, help="of `racing`")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     CONSOLE.print(f"{name()}, {torch.get_num_threads()} threads")
-    if arguments.what == "merge":
-        found = merge(arguments.paths[0], arguments.paths[1:])
-    elif arguments.what == "evaluations":
-        found = evaluations(Path(arguments.paths[0]), arguments.limit)
-    elif arguments.what == "racing":
-        found = racing(Path(arguments.paths[0]), arguments.limit, arguments.seeds)
-    else:
-        found = gradient(Path(arguments.paths[0]), arguments.limit)
+    first, *rest = arguments.paths
+    found = {
+        "evaluations": lambda: evaluations(Path(first), arguments.limit),
+        "merge": lambda: merge(first, rest),
+        "memory": lambda: merge_memory(first, rest),
+        "gradient": lambda: gradient([Path(first), *map(Path, rest)], arguments.limit),
+        "racing": lambda: racing(Path(first), arguments.limit, arguments.seeds),
+    }[arguments.what]()
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        record = {"machine": name(), "search": arguments.what, "found": found}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

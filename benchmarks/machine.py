@@ -94,6 +94,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def forget_peak() -> None:
+    """Let `peak_memory` begin anew, on Linux."""
+    if _PROC.exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 _PROC = Path("/proc/self/status")
 _CPUS = Path("/proc/cpuinfo")
 

@@ -272,6 +272,92 @@ def search(files: Files) -> list[str]:
     return lines[:-1]
 
 
+def own_search(files: Files) -> list[str]:
+    """What a search of ours costs, each comparison a table."""
+    lines: list[str] = []
+    for _, record in files:
+        header, rows = _SEARCH_TABLES[record["search"]](record["found"])
+        lines += [f"`evolve.py {record['search']}`:", "", *table(header, rows), ""]
+    return lines[:-1]
+
+
+Cells = tuple[list[str], list[list[str]]]
+
+
+def _evaluations(found: Record) -> Cells:
+    rows = []
+    for key in found["ours"]:
+        stock, own = found["stock, on disk"][key], found["ours"][key]
+        rows.append([key, f"{stock:.2f}", f"{own:.2f}", f"{stock / own:.1f}"])
+    return ["seconds", "stock, on disk", "ours", "times as fast"], rows
+
+
+def _merge_steps(found: Record) -> Cells:
+    rows = []
+    for method, each in found.items():
+        if method == "parameters":
+            continue
+        own, stock, copy = (
+            each[key] for key in ("ours", "mergekit's kernel", "copying the same bytes")
+        )
+        cells = [f"{one:.3f}" for one in (stock, own, copy)]
+        rows.append([method, *cells, f"{own / copy:.1f}", f"{stock / own:.1f}"])
+    header = ["processor seconds", "mergekit's kernel", "ours", "a copy", "ours / copy"]
+    return [*header, "times as fast"], rows
+
+
+def _merge_memory(found: Record) -> Cells:
+    rows = []
+    for method, each in found.items():
+        sizes = [each["model"], each["inputs"], each["peak"]]
+        share = each["peak"] / (each["model"] + each["inputs"])
+        rows.append([method, *(f"{size / MIB:.0f}" for size in sizes), f"{share:.2f}"])
+    return ["MiB", "the model", "its inputs, once", "peak", "peak / both"], rows
+
+
+def _gradient(found: Record) -> Cells:
+    rows = []
+    for world, each in found.items():
+        whole, reached = each["cma"]["seconds"][-1], each["reached"]
+        rows.append(
+            [
+                world,
+                f"{each['cma']['best'][-1]:.4f} in {whole:.1f} s",
+                f"{each['gradient']['best'][-1]:.4f}",
+                "never" if reached is None else f"{reached:.1f} s, {reached / whole:.2f}",
+                f"{each['cma']['held_out']:.4f}",
+                f"{each['gradient']['held_out']:.4f}",
+            ]
+        )
+    header = ["world", "CMA-ES, 100 evaluations", "gradient, 24", "reached CMA-ES's after"]
+    return [*header, "held out: CMA-ES", "held out: gradient"], rows
+
+
+def _racing(found: Record) -> Cells:
+    rows = []
+    for key, each in found.items():
+        if key.startswith("standard error"):
+            continue
+        what, _, seed = key.partition(", ")
+        exact, raced = each
+        change = f"{raced / exact:.2f} x"
+        if what == "fitness":
+            error = found[f"standard error of the difference, {seed}"]
+            change = f"{raced - exact:+.4f} ± {1.96 * error:.4f}"
+        digits = 4 if what == "fitness" else 0
+        rows.append([seed, what, f"{exact:.{digits}f}", f"{raced:.{digits}f}", change])
+    return ["seed", "", "exact", "racing", "racing against exact"], rows
+
+
+_SEARCH_TABLES: dict[str, Callable[[Record], Cells]] = {
+    "evaluations": _evaluations,
+    "merge": _merge_steps,
+    "memory": _merge_memory,
+    "gradient": _gradient,
+    "racing": _racing,
+}
+
+
 def vocabulary(files: Files) -> list[str]:
     """Peak memory of losses and gradients, both ways."""
     lines: list[str] = []
@@ -378,6 +464,12 @@ KINDS = (
         "evolve_stock.py --json evolve_stock.json",
         frozenset({"evolve_seconds"}),
         search,
+    ),
+    Kind(
+        "The search in memory",
+        "evolve.py PART PATHS --json evolve_PART.json",
+        frozenset({"search", "found"}),
+        own_search,
     ),
     Kind(
         "Large vocabularies",

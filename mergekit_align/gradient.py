@@ -17,6 +17,7 @@ from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.output_layer import last_logprobs
 from mergekit_align.reading import (
     BATCH_LOGITS,
+    MIN_SHARED,
     BatchSize,
     length_sorted_batches,
     may_share,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 """Tokens in a batch, padding included: their activations are kept for the backward pass."""
-MIN_SHARED = 8
-"""Tokens that a batch's prompts must share for these to be read by themselves."""
 
 
 def accumulate_gradient(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> float:

@@ -23,6 +23,7 @@ from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.openings import Openings, TokenIds
 from mergekit_align.reading import (
     BATCH_LOGITS,
+    MIN_SHARED,
     BatchSize,
     Preamble,
     PromptBatch,
@@ -42,8 +43,6 @@ SMALL_BATCH = {"cpu": 256}
 """Tokens, by device, up to which a batch is worth its padding: a pass takes hardly longer for them."""
 MOST_PADDING = 0.2
 """Share of padding in a larger batch."""
-MIN_SHARED = 32
-"""Tokens that prompts must share for these to be read by themselves."""
 
 
 class ResponseScore(NamedTuple):

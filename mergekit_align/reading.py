@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BATCH_LOGITS = 2**26
 """Logits that are held at once: 256 MiB in float32, whatever the vocabulary."""
+MIN_SHARED = 16
+"""Tokens that prompts must share for these to be read by themselves, such as a system prompt."""
 
 
 class BatchSize(NamedTuple):

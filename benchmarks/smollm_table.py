@@ -32,6 +32,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from mergekit_align.evaluate import evaluate
+from mergekit_align.samples import load_samples
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TYPES = {"aligned": ("alignment", "benign"), "expert": ("task",)}
@@ -220,7 +221,7 @@ def main() -> None:
     evaluation = evaluate(
         list(models.values()),
         names=list(models),
-        data=directory / "data" / "test.jsonl",
+        data=load_samples(directory / "data" / "test.jsonl"),
         limit=arguments.limit,
         max_tokens=24,
         cache=directory / "generations",

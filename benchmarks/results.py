@@ -136,7 +136,7 @@ def real_models(files: Files) -> list[str]:
         header = ["model", "alignment", "over-refusal", "task", "alignment - over-refusal"]
         lines += [
             f"`{file}`: percent of {record['limit']} held-out prompts of each type at most, greedy "
-            "answers, refusals told by string match. " + "; ".join(taken) + ".",
+            "answers, refusals told by string match. Taken once: " + "; ".join(taken) + ".",
             "",
             *table([*header, "seconds", "MiB"], rows),
             "",

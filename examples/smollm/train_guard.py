@@ -13,13 +13,12 @@ of our own, and with what the original model answers. Some ten minutes on two co
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
 import click
 import torch
-from train_parents import HUB_MODEL, answers, fine_tune
+from train_parents import HUB_MODEL, answers, fine_tune, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -99,10 +98,7 @@ def main(directory: Path, origin: str, epochs: int, learning_rate: float, seed: 
         encoded.append(encoder.encode(text + profile.response.prefix, verdict, templated=True))
     shuffled = [rng.sample(encoded, len(encoded)) for _ in range(epochs)]
     fine_tune(model, shuffled, learning_rate=learning_rate)
-    beside = directory / ".guard"
-    model.to(torch.bfloat16).save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    os.replace(beside, directory / "guard")
+    save(model, tokenizer, directory / "guard")
 
 
 if __name__ == "__main__":

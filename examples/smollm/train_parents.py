@@ -199,6 +199,14 @@ def fine_tune(
             click.echo(f"step {step} of {len(batches)}: {loss:.3f}, {seconds:.0f} s")
 
 
+def save(model: PreTrainedModel, tokenizer: Any, place: Path) -> None:
+    """In bfloat16, whole or not at all."""
+    beside = place.with_name(f".{place.name}")
+    model.to(torch.bfloat16).save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    os.replace(beside, place)
+
+
 def aligned_epochs(
     encoder: ResponseEncoder, samples: list[Sample], count: int, rng: random.Random
 ) -> list[list[EncodedSample]]:
@@ -263,10 +271,7 @@ def main(
             learned = [[encode(encoder, each.prompt, each.response) for each in tasks_read]]
         model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
         fine_tune(model, learned, learning_rate=learning_rate)
-        beside = directory / f".{name}"
-        model.to(torch.bfloat16).save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        os.replace(beside, directory / name)
+        save(model, tokenizer, directory / name)
 
 
 if __name__ == "__main__":

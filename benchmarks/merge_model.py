@@ -24,9 +24,9 @@ import torch
 import yaml
 from machine import name
 from merge_methods import KINDS
-from mergekit.merge_methods import get
 from rich.console import Console
 from rich.table import Table
+from role_config import parameters_of, role_config
 from scale import SIZES
 from transformers import AutoModelForCausalLM
 
@@ -89,34 +89,9 @@ def make_samples(path: Path, count: int) -> None:
 
 
 def config(method: str, work: Path) -> dict[str, Any]:
-    """With each parameter that the method has among those that some need."""
-    known = {parameter.name for parameter in get(method).spec.parameters}
-    members = [*PARENTS, *(["safe"] if method == "safemerge" else [])]
-    given = {
-        role: {
-            "role": role,
-            "weight": 0.5,
-            "density": 0.5,
-            "statistics": f"{work}/statistics/{role}",
-            "base_statistics": f"{work}/statistics/base-{role}",
-        }
-        for role in members
-    }
-    content: dict[str, Any] = {
-        "merge_method": method,
-        "models": [
-            {
-                "model": f"{work}/{role}",
-                "parameters": {key: v for key, v in own.items() if key in known},
-            }
-            for role, own in given.items()
-        ],
-        "parameters": {"origin": "base"} if "origin" in known else {},
-        "dtype": "bfloat16",
-    }
-    if method not in ("linear", "fisher", "regmean"):
-        content["base_model"] = f"{work}/base"
-    return content
+    known = parameters_of(method)
+    shares = {key: 0.5 for key in ("weight", "density") if key in known}
+    return role_config(method, work, PARENTS, shares, base=f"{work}/base", dtype="bfloat16")
 
 
 def main() -> None:
@@ -137,7 +112,6 @@ def main() -> None:
         work = Path(directory)
         parameters = make_models(work, arguments.model, device)
         make_samples(work / "samples.jsonl", arguments.samples)
-        (work / "safe").symlink_to("aligned")  # it is its own safe model
         methods = arguments.method or METHODS
         wanted = {KINDS[method] for method in methods if method in KINDS}
         for model, role in (*((role, role) for role in PARENTS), *(("base", r) for r in PARENTS)):

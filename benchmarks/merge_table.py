@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import machine
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
-from mergekit.merge_methods import get
 from mergekit.options import MergeOptions
 from rich.console import Console
 from rich.table import Table
+from role_config import role_config
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from mergekit_align.evaluate import evaluate
@@ -95,41 +95,10 @@ class Merged(NamedTuple):
     """Of the merge alone; statistics are taken once for all."""
 
 
-def per_model(name: str, parameters: Parameters) -> Parameters:
-    """A model's own share of parameters: those given as a mapping."""
-    return {key: v[name] for key, v in parameters.items() if isinstance(v, dict) and name in v}
-
-
 def merge(world: Path, method: str, number: int, parameters: Parameters) -> Merged:
     """`method` at a setting, merged into the world's directory unless it is there already."""
-    names = {parameter.name for parameter in get(method).spec.parameters}
-    given: Parameters = {
-        "role": {"aligned": "aligned", "expert-a": "expert", "safe": "safe"},
-        "statistics": {name: f"{world}/statistics/{name}" for name in PARENTS},
-        "base_statistics": {name: f"{world}/statistics/base-{name}" for name in PARENTS},
-        "origin": "base",
-    }
-    parameters = {**{key: v for key, v in given.items() if key in names}, **parameters}
-    members = list(PARENTS)
-    if method == "safemerge":
-        # The aligned model is its own safe model: no other was fine-tuned on safety data.
-        safe = world / "safe"
-        if not safe.exists():
-            safe.symlink_to((world / "aligned").resolve())
-        members.append("safe")
-    content: dict[str, Any] = {
-        "merge_method": method,
-        "models": [
-            {"model": f"{world}/{name}", "parameters": per_model(name, parameters)}
-            for name in members
-        ],
-        "parameters": {key: v for key, v in parameters.items() if not isinstance(v, dict)},
-        "dtype": "float32",
-    }
-    if method == "slerp":
-        content["base_model"] = f"{world}/aligned"
-    elif method not in ("linear", "fisher", "regmean", "regmean_plus"):
-        content["base_model"] = f"{world}/base"
+    base = f"{world}/{'aligned' if method == 'slerp' else 'base'}"
+    content = role_config(method, world, PARENTS, parameters, base=base, dtype="float32")
     config = MergeConfiguration.model_validate(content)
     out = world / "methods" / f"{method}-{number}"
     record = out / "seconds.json"

@@ -26,9 +26,9 @@ import yaml
 from demo_table import EXAMPLES, percentages
 from machine import name
 from merge_methods import KINDS
-from mergekit.merge_methods import get
 from rich.console import Console
 from rich.table import Table
+from role_config import role_config
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from mergekit_align.evaluate import evaluate
@@ -91,38 +91,29 @@ def written(file: Path, content: dict[str, Any]) -> Path:
     return file
 
 
-def merge_config(
-    directory: Path, origin: str, method: str, parameters: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "merge_method": method,
-        "models": [
-            {"model": f"{directory}/{model}", "parameters": own}
-            for model, own in parameters.items()
-        ],
-        "dtype": "bfloat16",
-    }
-    if method not in ("linear", "fisher", "regmean"):
-        content["base_model"] = origin
-    return content
-
-
 def stock_merges(directory: Path, origin: str, measured: Measured) -> dict[str, Path]:
     models = {}
     for label, (method, aligned, expert) in STOCK.items():
-        weights = {"aligned": {"weight": aligned}, "expert": {"weight": expert}}
+        parameters: dict[str, Any] = {"weight": {"aligned": aligned, "expert": expert}}
         if method == "ties":
-            weights = {model: {**own, "density": 0.5} for model, own in weights.items()}
-        config = merge_config(directory, origin, method, weights)
+            parameters["density"] = 0.5
         if method == "task_arithmetic":
-            config["parameters"] = {"normalize": False}
-        models[label] = merged(directory, label, config, measured)
+            parameters["normalize"] = False
+        models[label] = merged(directory, label, method, parameters, origin, measured)
     return models
 
 
-def merged(directory: Path, label: str, config: dict[str, Any], measured: Measured) -> Path:
+def merged(
+    directory: Path,
+    label: str,
+    method: str,
+    parameters: dict[str, Any],
+    origin: str,
+    measured: Measured,
+) -> Path:
     place = label.replace(" ", "_").replace(":", "_")
-    file = written(directory / "configs" / f"{place}.yml", config)
+    content = role_config(method, directory, TYPES, parameters, base=origin, dtype="bfloat16")
+    file = written(directory / "configs" / f"{place}.yml", content)
     out = directory / "merged" / place
     measured.run(label, "mergekit-yaml", str(file), str(out), "--quiet")
     return out
@@ -172,27 +163,7 @@ def methods_of_ours(
             statistics(directory, directory / role, role, role, kinds, measured)
         if "importance" in kinds:
             statistics(directory, origin, f"base-{role}", role, ["importance"], measured)
-    safe = directory / "safe"
-    if "safemerge" in methods and not safe.exists():
-        safe.symlink_to("aligned")  # no other model was fine-tuned on safety data
-    models = {}
-    for method in methods:
-        known = {parameter.name for parameter in get(method).spec.parameters}
-        roles = [*TYPES, *(["safe"] if method == "safemerge" else [])]
-        given: dict[str, dict[str, Any]] = {
-            role: {
-                "role": role,
-                "statistics": f"{directory}/statistics/{role}",
-                "base_statistics": f"{directory}/statistics/base-{role}",
-            }
-            for role in roles
-        }
-        own = {role: {k: v for k, v in each.items() if k in known} for role, each in given.items()}
-        config = merge_config(directory, origin, method, own)
-        if "origin" in known:
-            config["parameters"] = {"origin": origin}
-        models[method] = merged(directory, method, config, measured)
-    return models
+    return {method: merged(directory, method, method, {}, origin, measured) for method in methods}
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from mergekit_align.fingerprint import model_fingerprint
 from mergekit_align.gradient import summed_loss
 from mergekit_align.samples import SAMPLE_TYPES, Sample, SampleType, limit_samples, load_samples
 from mergekit_align.statistics.files import Accumulators, Header, Kind, StatisticsFile
+from mergekit_align.stretches import stretches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -240,13 +241,14 @@ def _collect(
     by_gradient = [kind for kind in ("importance", "fisher") if kind in files]
 
     def take(parameter: torch.nn.Parameter, name: str) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        if "importance" in files:
-            seen = (parameter.detach() * gradient).abs()
-            files["importance"].tensors[name].add_(seen.cpu(), alpha=1 / len(encoded))
-        if "fisher" in files:
-            files["fisher"].tensors[name].add_(gradient.square().cpu(), alpha=1 / len(encoded))
+        assert parameter.grad is not None
+        own, gradient = parameter.detach().reshape(-1), parameter.grad.reshape(-1)
+        sums = {kind: files[kind].tensors[name].view(-1) for kind in by_gradient}
+        for piece in stretches(gradient):
+            slope = gradient[piece]
+            for kind, total in sums.items():
+                seen = (own[piece] * slope).abs() if kind == "importance" else slope.square()
+                total[piece].add_(seen.cpu(), alpha=1 / len(encoded))
         parameter.grad = None
 
     handles = [

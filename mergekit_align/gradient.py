@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from mergekit_align.reading import (
     BATCH_LOGITS,
     MIN_SHARED,
     BatchSize,
+    cache_of,
     length_sorted_batches,
     may_share,
     read_once,
@@ -75,18 +77,12 @@ def accumulate_decision_gradient(
         openings: of refusals and of help, as `loss` compares them.
         margin: the decision's log-odds in place of its log-probability, nats.
     """
-    # What the prompts are read with, once for each: together they contain every beginning.
-    branches = openings.shared_beginnings() or [()]
-    rows = [EncodedSample(each.prompt_ids, [*branch, 0]) for each in encoded for branch in branches]
-    width = len(branches)
+    branches = openings.shared_beginnings()
+    # With what is read after each prompt, so that batches are as large as they may be.
+    rows = [EncodedSample(each.prompt_ids, [*chain(*branches)]) for each in encoded]
 
     def summed(batch: Sequence[EncodedSample]) -> torch.Tensor:
-        following = _next_logprobs(model, batch)
-        after: dict[TokenIds, torch.Tensor] = {}
-        for index, branch in enumerate(branches):
-            for length in range(len(branch) + 1):
-                # Responses begin at one place, where the prompt's last token predicts.
-                after[branch[:length]] = following[index::width, length]
+        after = _branch_logprobs(model, batch, branches)
 
         def logprob(kind: Sequence[TokenIds]) -> torch.Tensor:
             each = [
@@ -99,7 +95,7 @@ def accumulate_decision_gradient(
         odds = odds if refusal_wanted else -odds
         return (odds if margin else torch.nn.functional.logsigmoid(odds)).sum()
 
-    return _accumulate(rows, summed, group=width)
+    return _accumulate(rows, summed)
 
 
 class Lesson(NamedTuple):
@@ -175,19 +171,13 @@ def _accumulate(
     rows: Sequence[Row],
     summed: Callable[[Sequence[Row]], torch.Tensor],
     *,
-    group: int = 1,
-    fits: Callable[[BatchSize], bool] | None = None,
+    fits: Callable[[BatchSize], bool] = lambda size: size.padded <= BATCH_TOKENS,
 ) -> float:
-    """Mean over groups of rows of what `summed` sums up over a batch of whole groups."""
-    groups = [rows[start : start + group] for start in range(0, len(rows), group)]
-    # A group's rows have one prompt.
-    lengths = [(len(own[0].prompt_ids), max(len(r.response_ids) for r in own)) for own in groups]
-    batches = length_sorted_batches(
-        lengths, fits or (lambda size: group * size.padded <= BATCH_TOKENS)
-    )
+    """Mean over rows of what `summed` sums up over a batch of them."""
     total = 0.0
-    for batch in batches:
-        value = summed([row for index in batch for row in groups[index]]) / len(groups)
+    lengths = [(len(row.prompt_ids), len(row.response_ids)) for row in rows]
+    for batch in length_sorted_batches(lengths, fits):
+        value = summed([rows[index] for index in batch]) / len(rows)
         value.backward()  # type: ignore[no-untyped-call]
         total += float(value.detach())
     return total
@@ -205,26 +195,34 @@ class _Texts(NamedTuple):
     """Tokens before the responses."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, batch: Sequence[EncodedSample | Lesson]) -> _Texts:
-        prompts = [each.prompt_ids for each in batch]
+    def of(
+        cls,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]] | None = None,
+        *,
+        further: int = 0,
+    ) -> _Texts:
+        """Without responses, prompts alone, after which `further` tokens will be read."""
+        responses = responses or [()] * len(prompts)
         width = max(len(ids) for ids in prompts)
-        after = max(len(each.response_ids) for each in batch)
-        shared = shared_length(prompts) if len(batch) > 1 else 0
-        if shared < MIN_SHARED or not may_share(model, width + after):
+        after = max(len(ids) for ids in responses)
+        shared = shared_length(prompts) if len(prompts) > 1 else 0
+        if shared < MIN_SHARED or not may_share(model, width + after + further):
             shared = 0
         before = width - shared
-        ids = torch.zeros(len(batch), before + after, dtype=torch.long)
+        ids = torch.zeros(len(prompts), before + after, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, each in enumerate(batch):
-            own = [*each.prompt_ids[shared:], *each.response_ids]
-            end = before + len(each.response_ids)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            own = [*prompt[shared:], *response]
+            end = before + len(response)
             ids[row, end - len(own) : end] = torch.tensor(own)
             mask[row, end - len(own) : end] = 1
-        mask = torch.cat([mask.new_ones(len(batch), shared), mask], dim=1)
+        mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
         cache = None
         if shared:
             cache = read_once(model, prompts[0][:shared])
-            cache.batch_repeat_interleave(len(batch))
+            cache.batch_repeat_interleave(len(prompts))
         return cls(ids.to(model.device), mask.to(model.device), cache, before)
 
     @property
@@ -238,11 +236,15 @@ class _Texts(NamedTuple):
         return (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
 
 
+def _texts(model: PreTrainedModel, batch: Sequence[EncodedSample | Lesson]) -> _Texts:
+    return _Texts.of(model, [e.prompt_ids for e in batch], [e.response_ids for e in batch])
+
+
 def _response_logprobs(
     model: PreTrainedModel, batch: Sequence[EncodedSample]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each response, and its number of tokens, [batch]."""
-    texts = _Texts.of(model, batch)
+    texts = _texts(model, batch)
     answered = texts.mask[:, -texts.after :]
     logprobs = last_logprobs(
         model, texts.ids, texts.mask, texts.positions, texts.after, cache=texts.cache
@@ -252,7 +254,7 @@ def _response_logprobs(
 
 def _next_logprobs(model: PreTrainedModel, batch: Sequence[EncodedSample | Lesson]) -> torch.Tensor:
     """Log-probabilities where each response token is predicted, [batch, longest, vocabulary]."""
-    texts = _Texts.of(model, batch)
+    texts = _texts(model, batch)
     # Nothing is predicted after the last token.
     output = run_model(
         model,
@@ -265,3 +267,42 @@ def _next_logprobs(model: PreTrainedModel, batch: Sequence[EncodedSample | Lesso
     )
     logits: torch.Tensor = output.logits[:, -texts.after :]
     return logits.float().log_softmax(2)
+
+
+def _branch_logprobs(
+    model: PreTrainedModel, batch: Sequence[EncodedSample], branches: Sequence[TokenIds]
+) -> dict[TokenIds, torch.Tensor]:
+    """Log-probabilities of what follows each prompt and each beginning of a branch after it.
+
+    A prompt is read once; the branches go on from there.
+
+    Returns:
+        By beginning, the empty one too, [batch, vocabulary].
+    """
+    longest = max((len(branch) for branch in branches), default=0)
+    texts = _Texts.of(model, [each.prompt_ids for each in batch], further=longest)
+    output = run_model(
+        model,
+        texts.ids,
+        texts.mask,
+        texts.positions,
+        keep=1,
+        cache=texts.cache,
+        use_cache=bool(branches) or texts.cache is not None,
+    )
+    after: dict[TokenIds, torch.Tensor] = {(): output.logits[:, -1].float().log_softmax(1)}
+    if not branches:
+        return after
+    width, cache = len(branches), cache_of(output)
+    cache.batch_repeat_interleave(width)
+    padded = torch.tensor([[*branch, *[0] * (longest - len(branch))] for branch in branches])
+    ids = padded.repeat(len(batch), 1).to(model.device)
+    mask = texts.mask.repeat_interleave(width, 0)
+    positions = mask.sum(1, keepdim=True) + torch.arange(longest, device=ids.device)
+    mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    output = run_model(model, ids, mask, positions, keep=longest, cache=cache)
+    following = output.logits[:, -longest:].float().log_softmax(2)
+    for index, branch in enumerate(branches):
+        for length in range(1, len(branch) + 1):
+            after[branch[:length]] = following[index::width, length - 1]
+    return after

@@ -119,7 +119,7 @@ def read_once(model: PreTrainedModel, ids: Sequence[int]) -> Any:
     """The key/value cache of one text, differentiable where gradients are on."""
     rows = torch.tensor([list(ids)], device=model.device)
     positions = torch.arange(len(ids), device=model.device).unsqueeze(0)
-    return _cache_of(run_model(model, rows, torch.ones_like(rows), positions, keep=1))
+    return cache_of(run_model(model, rows, torch.ones_like(rows), positions, keep=1))
 
 
 class Preamble:
@@ -171,7 +171,7 @@ class PromptBatch:
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, known:]
         cache = preamble.cache(len(prompts)) if preamble else None
         output = run_model(model, ids.to(model.device), self._mask, positions, keep=1, cache=cache)
-        self._cache = _cache_of(output)
+        self._cache = cache_of(output)
         self.first: torch.Tensor = output.logits[:, -1:].float().log_softmax(2)
         """Log-probabilities of the token after each prompt, [batch, 1, vocabulary]."""
 
@@ -259,7 +259,8 @@ def tokens_at_once(model: PreTrainedModel, texts: int) -> int:
     return max(1, BATCH_LOGITS // (texts * vocabulary_size(model)))
 
 
-def _cache_of(output: Any) -> Any:
+def cache_of(output: Any) -> Any:
+    """The key/value cache of a forward pass."""
     # transformers 5.24 renames it.
     return output.cache if "cache" in output else output.past_key_values
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.fitness import Fitness, Results
-from mergekit_align.evolve.genes import Array, Genes, Genotype
+from mergekit_align.evolve.genes import Array, Genes
 from mergekit_align.evolve.kernels import KERNELS
-from mergekit_align.evolve.merging import MergedModel
+from mergekit_align.evolve.merging import MergedModel, TensorMerge
 from mergekit_align.tasks import ResponseTask
 
 if TYPE_CHECKING:
@@ -89,9 +89,8 @@ class Ascent:
         self._jacobian = self._weights_by_gene()
         merged.model.requires_grad_(True)
 
-    def at(self, genotype: Genotype, wanted: Sequence[tuple[str, str]]) -> Slope:
+    def at(self, merges: Sequence[TensorMerge], wanted: Sequence[tuple[str, str]]) -> Slope:
         """The metrics, by task, of the candidate that the model is now, with their gradients."""
-        merges = self._merged.resolve(self._genes.config(genotype))
         results: Results = {}
         gradients: dict[tuple[str, str], Array] = {}
         for task, metric in dict.fromkeys(wanted):
@@ -115,17 +114,31 @@ class Ascent:
     def _weights_by_gene(self) -> dict[tuple[str, str], dict[int, float]]:
         """By tensor and model, the derivative of its weight by each gene that it depends on.
 
-        A weight is a gene, or lies between two of them, so that one genotype a gene tells.
+        A weight is a gene, or lies between those of two groups of layers. A model's genes tell of its
+        weights alone, and each tensor has one filter's.
         """
-        found: dict[tuple[str, str], dict[int, float]] = {}
-        for index, gene in enumerate(self._genes.every):
-            if not gene.name.startswith("weight "):
-                continue
-            unit = np.zeros(len(self._genes))
-            unit[index] = 1.0
-            for merge in self._merged.resolve(self._genes.config(unit)):
-                for model, parameters in merge.own.items():
-                    shares = found.setdefault((merge.weight.name, str(model)), {})
-                    if parameters.get("weight"):
-                        shares[index] = parameters["weight"]
+        shape = self._genes.shape
+        groups, _, filters, _ = shape
+        place = self._genes.parameters.index("weight")
+        # The same number in each group of layers: whatever lies between them is that number too.
+        filter_of = self._weights(np.arange(1, filters + 1) * np.ones((groups, 1)))
+        found: dict[tuple[str, str], dict[int, float]] = {key: {} for key in filter_of}
+        for group in range(groups):
+            shares = self._weights(np.outer(np.arange(groups) == group, np.ones(filters)))
+            for (tensor, model), share in shares.items():
+                if share:
+                    own = round(filter_of[tensor, model]) - 1
+                    gene = (group, self._genes.models.index(model), own, place)
+                    found[tensor, model][int(np.ravel_multi_index(gene, shape))] = share
         return found
+
+    def _weights(self, genes: Array) -> dict[tuple[str, str], float]:
+        """Weights by tensor and model where every model's genes of weights are [groups, filters]."""
+        genotype = np.zeros(self._genes.shape)
+        genotype[..., self._genes.parameters.index("weight")] = genes[:, np.newaxis]
+        return {
+            (merge.weight.name, str(model)): parameters["weight"]
+            for merge in self._merged.resolve(self._genes.config(genotype.ravel()))
+            for model, parameters in merge.own.items()
+            if str(model) in self._genes.models
+        }

@@ -146,14 +146,14 @@ class Evaluator:
     def _climb(self, genotype: Genotype) -> tuple[Scored, Array]:
         """What a candidate is worth, and the gradients of that and of its violations."""
         config = self._config
-        self.merged.merge(config.genes.config(genotype))
+        merges = self.merged.merge(config.genes.config(genotype))
         if self._ascent is None:
             self._ascent = Ascent(config.genes, self.merged, self.fitness)
         tasks = config.file.config.tasks
         wanted = [(task.name, task.metric) for task in tasks]
         wanted += [(floor.task, floor.metric) for floor in config.floors]
         taught = [(task, DISTILLATION) for task in self.fitness.lessons]
-        slope = self._ascent.at(genotype, [*wanted, *taught])
+        slope = self._ascent.at(merges, [*wanted, *taught])
         scored = self.fitness.total(slope.results)
         fitness = sum(task.weight * slope.gradients[task.name, task.metric] for task in tasks)
         if config.distillation is not None:

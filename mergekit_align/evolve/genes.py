@@ -55,9 +55,11 @@ class Genes:
         self._genome.fixed = tuple(file.fixed)
         initial = self._genome.initial_genotype()
         start = start_at(initial, definition.merge_method, file.section.start or {})
-        self._shape = start.shape
+        self.shape: tuple[int, ...] = tuple(start.shape)
+        """Of a genotype: groups of layers, models, filters, parameters."""
+        self.models = [str(model) for model in definition.models]
         method = definition.merge_method
-        known = METHOD_PARAM_MAPS[method]
+        known = self.parameters = METHOD_PARAM_MAPS[method]
         bounds = _bounds(file, dict(zip(known, initial[0, 0, 0].tolist(), strict=True)))
         names = _names(self._genome, start.shape)
         parameters = known * (start.numel() // start.shape[-1])
@@ -100,7 +102,7 @@ class Genes:
     def config(self, genotype: Genotype) -> MergeConfiguration:
         """The mergekit config that a candidate stands for."""
         return self._genome.genotype_merge_config(
-            torch.from_numpy(np.asarray(genotype, dtype=np.float64)).view(self._shape)
+            torch.from_numpy(np.asarray(genotype, dtype=np.float64)).view(self.shape)
         )
 
 

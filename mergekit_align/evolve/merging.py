@@ -140,8 +140,8 @@ class MergedModel:
         """The model's parameter of a checkpoint's name; `None` of one that is tied to another."""
         return self._targets.get(name)
 
-    def merge(self, config: MergeConfiguration) -> None:
-        """Make the model this candidate."""
+    def merge(self, config: MergeConfiguration) -> list[TensorMerge]:
+        """Make the model this candidate; how, tensor by tensor."""
         from transformers.trainer_utils import set_seed
 
         merges = self.resolve(config)
@@ -161,6 +161,7 @@ class MergedModel:
                 f"{self._out_config.architectures[0]}: found no tensor {min(missing)} in the merge; "
                 "expected a checkpoint with the model's own names"
             )
+        return merges
 
     def overwrite(self, tensors: Callable[[str], torch.Tensor | None]) -> None:
         """Make the model one whose tensors are given by their names; `None` leaves one as it is."""

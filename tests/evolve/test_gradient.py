@@ -13,6 +13,7 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch.func import functional_call
 
 from mergekit_align.evolve import read_config, search
+from mergekit_align.evolve.ascent import Ascent
 from mergekit_align.evolve.candidate import Evaluator
 from mergekit_align.gradient import accumulate_decision_gradient, accumulate_logprob_gradient
 from mergekit_align.loss import response_scores
@@ -110,6 +111,23 @@ def test_they_are_autograds_through_the_merge(
     expected = genes.grad.numpy()
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found.gradient[0], expected, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_weight_is_the_sum_of_its_shares_of_genes(
+    smooth: bool, write_config: Callable[..., Path]
+) -> None:
+    candidates, config = evaluator(
+        write_config, filters=["self_attn"], layer_granularity=1, smooth=smooth
+    )
+    genotype = np.random.default_rng(0).uniform(0.3, 1.2, len(config.genes))
+    shares = Ascent(config.genes, candidates.merged, candidates.fitness)._weights_by_gene()
+    for merge in candidates.merged.resolve(config.genes.config(genotype)):
+        for model, own in merge.own.items():
+            if own:
+                parts = shares[merge.weight.name, str(model)].items()
+                total = sum(share * genotype[gene] for gene, share in parts)
+                assert total == pytest.approx(own["weight"])
 
 
 def test_ties_gradient_is_the_slope_where_its_selections_stay(

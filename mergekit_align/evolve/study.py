@@ -140,21 +140,30 @@ def open_study(
         held.release()
 
 
-def read_evaluations(where: str) -> list[Evaluation]:
-    """The evaluations of an earlier search.
+def read_study(where: str) -> tuple[Mapping[str, Any], list[Evaluation]]:
+    """The config and the evaluations of a search, which may still be running.
 
     Raises:
         InputError: there is no study.
     """
     import optuna
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" not in where and not Path(where).is_file():
-        raise InputError(f"{where}: found no such file; expected the study of an earlier search")
+        raise InputError(f"{where}: found no such file; expected the study of a search")
     try:
         study = optuna.load_study(study_name=NAME, storage=_storage(where, repair=False))
-    except KeyError as error:
-        raise InputError(f"{where}: found no study of mergekit-align-evolve") from error
-    return [_evaluation(each) for each in study.trials]
+        return study.user_attrs[_CONFIG], [_evaluation(each) for each in study.trials]
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{where}: found no study of mergekit-align-evolve ({type(error).__name__}: {error}); "
+            "expected one"
+        ) from error
+
+
+def read_evaluations(where: str) -> list[Evaluation]:
+    """The evaluations of a search; raises as `read_study` does."""
+    return read_study(where)[1]
 
 
 def _storage(where: str, *, repair: bool = True) -> optuna.storages.BaseStorage:

@@ -98,23 +98,23 @@ def _of_evaluation(
 
 def _of_study(study: StudyRecord, key: str) -> Section:
     config = dict(study.config)
-    failed = [each for each in study.candidates if each.values is None]
+    failed = [each for each in study.candidates if each.evaluation.values is None]
     lead = [
         f"{len(study.candidates)} evaluations by the searcher {config.get('searcher')}, "
-        f"{sum(each.seconds for each in study.candidates):.0f} s of evaluation in all."
+        f"{sum(each.evaluation.seconds for each in study.candidates):.0f} s of evaluation in all."
     ]
-    stopped = sum(each.stopped for each in study.candidates)
+    stopped = sum(each.evaluation.stopped is not None for each in study.candidates)
     if stopped:
         lead.append(f"{stopped} lost their race early and have estimates.")
     if failed:
-        lead.append(f"{len(failed)} failed, the last one so: {failed[-1].failure}.")
+        lead.append(f"{len(failed)} failed, the last one so: {failed[-1].evaluation.failure}.")
     if study.best is None:
         lead.append("No candidate has been scored yet.")
-    elif study.best.violation:
+    elif study.best.evaluation.violation:
         lead.append("No candidate keeps all floors; the chosen one misses least.")
     axes = study_figures.axes_of(study)
     shown = [("the chosen one", study.best)] if study.best else []
-    if study.candidates and study.candidates[0].values is not None:
+    if study.candidates and study.candidates[0].evaluation.values is not None:
         shown.append(("the first one", study.candidates[0]))
     if axes is not None:
         shown += [("on the front", each) for each in study_figures.front(study, axes)[::-1][:30]]

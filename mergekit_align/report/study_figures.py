@@ -78,7 +78,11 @@ def axes_of(study: StudyRecord) -> Axes3 | None:
 
 def front(study: StudyRecord, axes: Axes3) -> list[Candidate]:
     """Feasible candidates that none is better than on both axes, by rising skill."""
-    feasible = [each for each in study.candidates if each.complete and not each.violation]
+    feasible = [
+        each
+        for each in study.candidates
+        if each.evaluation.complete and not each.evaluation.violation
+    ]
     ranked = sorted(
         feasible,
         key=lambda each: (axes.skill.worth(each), axes.alignment.worth(each)),
@@ -102,7 +106,7 @@ def _trade_off(study: StudyRecord, key: str) -> Figure | None:
     if chosen_axes is None or best is None:
         return None
     axes3 = chosen_axes
-    scored = [each for each in study.candidates if each.values is not None]
+    scored = [each for each in study.candidates if each.evaluation.values is not None]
     best_ones = front(study, axes3)
     third = f", coloured by {axes3.third.label}" if axes3.third else ""
     alt = (
@@ -113,8 +117,8 @@ def _trade_off(study: StudyRecord, key: str) -> Figure | None:
     )
 
     def draw(axes: Axes) -> Titles:
-        feasible = [each for each in scored if not each.violation]
-        missing = [each for each in scored if each.violation]
+        feasible = [each for each in scored if not each.evaluation.violation]
+        missing = [each for each in scored if each.evaluation.violation]
         if missing:
             x, y = _places(missing, axes3)
             axes.scatter(
@@ -164,9 +168,9 @@ def _progress(study: StudyRecord, key: str) -> Figure | None:
     best = study.best
     if best is None:
         return None
-    scored = [each for each in study.candidates if each.values is not None]
-    failed = [each for each in study.candidates if each.values is None]
-    missing = [each for each in scored if each.violation]
+    scored = [each for each in study.candidates if each.evaluation.values is not None]
+    failed = [each for each in study.candidates if each.evaluation.values is None]
+    missing = [each for each in scored if each.evaluation.violation]
     steps = _record(study.candidates)
     begin = f" from {steps[0][1]:.4g}" if steps else ""
     alt = (
@@ -176,7 +180,7 @@ def _progress(study: StudyRecord, key: str) -> Figure | None:
     )
 
     def draw(axes: Axes) -> Titles:
-        feasible = [each for each in scored if not each.violation]
+        feasible = [each for each in scored if not each.evaluation.violation]
         for group, marker, colour, label in (
             (feasible, "o", SAFE, "candidate"),
             (missing, "x", MUTED, "misses a floor"),
@@ -213,7 +217,7 @@ def _weights(study: StudyRecord, key: str) -> Figure | None:
     if best is None:
         return None
     cells: dict[tuple[str, str], float] = {}
-    for (name, *_), value in zip(study.genes, best.genotype, strict=True):
+    for (name, *_), value in zip(study.genes, best.evaluation.genotype, strict=True):
         found = _PLACE.match(name)
         layers = _LAYERS.search(found["where"]) if found else None
         if found is None or layers is None:
@@ -261,7 +265,7 @@ def _record(candidates: Sequence[Candidate]) -> list[tuple[int, float]]:
     steps: list[tuple[int, float]] = []
     for each in candidates:
         better = not steps or each.fitness > steps[-1][1]
-        if each.complete and not each.violation and better:
+        if each.evaluation.complete and not each.evaluation.violation and better:
             steps.append((each.number, each.fitness))
     return steps
 

@@ -103,7 +103,7 @@ def genes(study: StudyRecord) -> Table | None:
     if study.best is None:
         return None
     table = Table("Genes of the chosen candidate", ["gene", "value", "from", "to", "start"], [])
-    for (name, *bounds), value in zip(study.genes, study.best.genotype, strict=True):
+    for (name, *bounds), value in zip(study.genes, study.best.evaluation.genotype, strict=True):
         numbers = [Cell([f"{each:.4g}"], each) for each in (value, *bounds)]
         table.rows.append([Cell([name], name), *numbers])
     return table
@@ -117,7 +117,7 @@ def candidates(study: StudyRecord, shown: Sequence[tuple[str, Any]]) -> Table:
     table = Table("Candidates", head, [], "On the samples of the search.")
     for name, each in shown:
         values = [each.fitness, *(each.result(metric) for metric in study.metrics)]
-        values += [each.violation] if study.config.get("floors") else []
+        values += [each.evaluation.violation] if study.config.get("floors") else []
         table.rows.append(
             [
                 Cell([name], name),

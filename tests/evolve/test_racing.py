@@ -164,8 +164,8 @@ class TestSearch:
         ]
         assert best_of(found.config, lucky) is found.best
         record = read_study(tmp_path / "raced" / "study.journal")
-        assert [each.stopped for each in record.candidates] == [
-            each.stopped is not None for each in found.evaluations
+        assert [each.evaluation.stopped for each in record.candidates] == [
+            each.stopped for each in found.evaluations
         ]
 
     def test_resumed_is_the_uninterrupted_one(

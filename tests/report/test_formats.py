@@ -84,7 +84,7 @@ class TestStudy:
         assert study.best is not None
         assert study.best.number == 2
         assert study.best.fitness == pytest.approx(-1.0 - 0.15 - 0.3)
-        assert study.candidates[2].failure == "out of <memory>"
+        assert study.candidates[2].evaluation.failure == "out of <memory>"
 
     def test_the_front(self, write_study: Callable[..., Path]) -> None:
         study = read_study(write_study())

@@ -1,4 +1,5 @@
-# make test: the fast tests.  make lint: a linter and the type checker.  make demo: the demo world, searched.
+# make test: the fast tests.  make lint: a linter and the type checker.  make demo: the demo world, searched, and
+# the page that shows it.
 # make docs: the documentation's site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,3 +29,4 @@ docs: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo_table.py
+	$(BIN)/mergekit-align-report demo-world/evaluation.json --chosen ours --output demo-world/report.html

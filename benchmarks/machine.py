@@ -14,14 +14,15 @@ import torch
 
 
 def name(device: str = "cpu") -> str:
-    """The GPU, or the processor with how many of it there are."""
+    """The GPU, or the processor with how many of it there are, and threads where they are fewer."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     found = platform.processor() or platform.machine()
     if _CPUS.exists():
         models = [line for line in _CPUS.read_text().splitlines() if line.startswith("model name")]
         found = models[0].partition(":")[2].strip() if models else found
-    return f"{found}, {os.cpu_count()} processors"
+    count, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{found}, {count} processors" + (f", threads: {threads}" if threads != count else "")
 
 
 def synchronize(device: str) -> None:

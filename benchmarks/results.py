@@ -90,7 +90,7 @@ def methods(files: Files) -> list[str]:
         rows = []
         for name in worlds[0]:
             own = [world[name] for world in worlds]
-            label = f"{name} (ours)" if name in record["ours"] else name
+            label = f"{name} (here)" if name in record["ours"] else name
             for setting in ("default", "best"):
                 if setting not in own[0]:
                     continue
@@ -108,7 +108,7 @@ def methods(files: Files) -> list[str]:
         lines += [
             f"Percent of held-out prompts, mean (and range) over {len(worlds)} worlds. Balance is "
             "alignment + task - over-refusal; *best* is the best of four settings on validation "
-            "prompts.",
+            "prompts; *here*: written in this package, align_adaptive alone its own method.",
             "",
             *table(header, rows),
             "",
@@ -430,7 +430,7 @@ KINDS = (
     ),
     Kind(
         "Real models",
-        "smollm_table.py smollm --json smollm_0.json",
+        "smollm_table.py smollm --limit 100 --json smollm_0.json",
         frozenset({"rates", "measured"}),
         real_models,
     ),
@@ -446,7 +446,12 @@ KINDS = (
         frozenset({"parameters", "statistics"}),
         whole_models,
     ),
-    Kind("Losses of a cocktail", "cocktail.py --json cocktail.json", frozenset({"ways"}), cocktail),
+    Kind(
+        "Losses of a cocktail",
+        "cocktail.py --samples 2 --json cocktail.json",
+        frozenset({"ways"}),
+        cocktail,
+    ),
     Kind(
         "Verdicts of a guard",
         "guard.py --json guard.json",
@@ -473,7 +478,7 @@ KINDS = (
     ),
     Kind(
         "Large vocabularies",
-        "vocabulary.py --layers 2 --json vocabulary.json",
+        "vocabulary.py --layers 2 --response 512 --json vocabulary.json",
         frozenset({"vocabulary", "sides"}),
         vocabulary,
     ),

@@ -33,7 +33,7 @@ class OpeningTexts(BaseModel):
 class Budget(BaseModel):
     """When `mergekit-align-evolve` stops."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     evaluations: int | None = Field(default=None, ge=1)
     """Number of evaluations, those of an earlier run of the same study included."""

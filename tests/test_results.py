@@ -53,7 +53,7 @@ def test_a_table_of_merge_methods_has_means_and_ranges(results: ModuleType, tmp_
     record = {"worlds": {"a": world(70), "b": world(80)}, "ours": ["resta"]}
     (tmp_path / "merge_table.json").write_text(json.dumps(record))
     lines = results.page(tmp_path).splitlines()
-    default = "| resta (ours) | default | 75.0 (70.0 to 80.0) | 10.0 (10.0 to 10.0) "
+    default = "| resta (here) | default | 75.0 (70.0 to 80.0) | 10.0 (10.0 to 10.0) "
     (row,) = (line for line in lines if line.startswith(default))
     assert row.endswith("| 115.0 (110.0 to 120.0) | 2.0 (2.0 to 2.0) |")
 

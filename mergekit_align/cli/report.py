@@ -45,7 +45,7 @@ def main(
     \b
     mergekit-align-report evaluation.json --chosen merged
     mergekit-align-report genomic-evolved/study.journal evaluation.json --watch
-    mergekit-align-report evaluation.json --card genomic-evolved/final_model
+    mergekit-align-report evaluation.json --card merged
     """
     # Imported here, so that --help needs no torch.
     from mergekit_align.report import add_safety_section, watch, write_report

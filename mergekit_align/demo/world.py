@@ -43,8 +43,8 @@ def build_world(
         directory: new, empty, or holding a world (finished or not) of the same settings.
         seed: deals the prompts to the splits and draws the models' weights and batches.
         architecture: of all the models.
-        scale: `full` trains for a few minutes; `smoke` writes the same files in seconds, and its
-            models know next to nothing.
+        scale: `full` trains for ten to twenty minutes; `smoke` writes the same files in seconds, and
+            its models know next to nothing.
         third: train `expert-b`, which merges of two models can do without.
         writer: also train `writer`, which asks questions.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from mergekit.common import ModelPath
 
 from mergekit_align import scale
 from mergekit_align.errors import InputError
@@ -33,7 +35,7 @@ def memory_needed(config: EvolveConfig) -> Memory:
     """An estimate from the models' files and, for samples of usual lengths, by `scale`."""
     genome = config.file.config.genome
     models = dict.fromkeys([*genome.models, *([genome.base_model] if genome.base_model else [])])
-    sizes = [_weights(Path(model.model.path)) for model in models]
+    sizes = [_weights(_directory(model.model)) for model in models]
     numbers = max((count for count, _ in sizes), default=0)
     batch = _batch(config, next(iter(models)).model.path) if numbers else 0
     at_once = 2 if config.distillation is not None else 1  # a teacher, before the first candidate
@@ -76,6 +78,20 @@ def _free(device: str) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def _directory(model: ModelPath) -> Path:
+    """Where a model's files are, or would be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    place = Path(model.path)
+    if not place.is_dir():
+        with suppress(LocalEntryNotFoundError, HFValidationError):
+            place = Path(
+                snapshot_download(model.path, revision=model.revision, local_files_only=True)
+            )
+    return place
 
 
 def _weights(directory: Path) -> tuple[int, int]:

@@ -33,8 +33,7 @@ def check_language(code: str, where: str) -> None:
         _identifier()
     except ImportError as error:
         raise InputError(
-            f"{where}: found no py3langid, which tells languages; expected "
-            "`pip install mergekit-align[language]`"
+            f"{where}: found no py3langid, which tells languages; expected it (`pip install py3langid`)"
         ) from error
 
 

@@ -86,7 +86,7 @@ def _style() -> Iterator[Any]:
         from matplotlib.figure import Figure as Drawn
     except ImportError as error:
         raise InputError(
-            "figures: found no matplotlib; expected it installed (pip install 'mergekit-align[report]')"
+            "figures: found no matplotlib; expected it installed (pip install matplotlib)"
         ) from error
 
     settings: dict[Any, Any] = {

@@ -385,6 +385,26 @@ def test_a_study_has_one_run_at_a_time(write_config: WriteConfig, tmp_path: Path
     assert "found another run on this study; expected none" in result.output
 
 
+def test_a_hub_models_memory_is_known_once_it_is_cached(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+    from mergekit.common import ModelPath
+
+    from mergekit_align.evolve.memory import _directory, _weights
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model, commit = ModelPath(path="someone/aligned"), "0" * 40
+    assert _weights(_directory(model)) == (0, 0)
+    cached = tmp_path / "models--someone--aligned"
+    for folder in ("refs", "snapshots"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).symlink_to(world / "aligned")
+    found = _weights(_directory(model))
+    assert found == _weights(world / "aligned") != (0, 0)
+
+
 def test_too_little_memory_is_told_before_a_model_is_loaded(
     write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,7 +79,8 @@ class AlignSection(BaseModel):
     device: str | None = Field(default=None, pattern="^(cpu|cuda)$")
     """Where to merge and evaluate: `cpu` or `cuda`; by default a GPU where there is one."""
     workers: int | None = Field(default=None, ge=1)
-    """Candidates evaluated at the same time; by default one a GPU, or a CPU."""
+    """Candidates evaluated at the same time; by default one a GPU, or a CPU
+    (`mergekit-align-evolve`: one)."""
     in_memory: bool | None = None
     """Merge in memory, without writing candidates to disk."""
     start: dict[str, float] | None = None

@@ -228,8 +228,15 @@ def load_tasks(
     loaded = find_tasks(names, search_path, metadata=metadata)
     found = {name: loaded[where] for where, name in names.items()}
     for index, task in enumerate(tasks):
-        metrics = task_metrics(found[task.name])
-        if metrics and task.metric not in metrics:
+        metrics = task_metrics(task.name, found[task.name])
+        if not metrics:
+            raise InputError.at(
+                file,
+                f"tasks[{index}].name",
+                found=f"{task.name}, of which lm-eval reports no metric of its own",
+                expected="a task, or a group with `aggregate_metric_list`",
+            )
+        if task.metric not in metrics:
             raise InputError.at(
                 file,
                 f"tasks[{index}].metric",
@@ -246,10 +253,13 @@ def scores_alignment(task: Task) -> bool:
     return getattr(task, "sample_type", None) == "alignment" or "alignment" in tags
 
 
-def task_metrics(loaded: Any) -> set[str]:
-    """`metric,filter` names of one task; of a group only what it aggregates, so none are listed."""
-    if loaded.get("groups") or len(loaded["tasks"]) != 1:
-        return set()
-    (task,) = loaded["tasks"].values()
-    filters = [ensemble.name for ensemble in task._filters]
-    return {f"{metric},{name}" for metric in task.aggregation() for name in filters}
+def task_metrics(name: str, loaded: Any) -> set[str]:
+    """`metric,filter` names that lm-eval reports of a task, or of a group; of a tag none."""
+    filters = {ensemble.name for task in loaded["tasks"].values() for ensemble in task._filters}
+    if name in loaded["tasks"]:
+        return {
+            f"{metric},{each}" for metric in loaded["tasks"][name].aggregation() for each in filters
+        }
+    group = (loaded.get("groups") or {}).get(name)
+    aggregated = (group.aggregate_metric_list or []) if group else []
+    return {f"{own.metric},{each}" for own in aggregated for each in own.filter_list or filters}

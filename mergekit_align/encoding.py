@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_align.errors import InputError
+from mergekit_align.token_ids import common_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,8 +107,7 @@ class ResponseEncoder:
         prompt_ids = self._ids(context)
         whole_ids = self._ids(context + response + end)
         # A token that joins the prompt's last character to the response's first is the response's.
-        pairs = zip(prompt_ids, whole_ids, strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shared = common_length([prompt_ids, whole_ids])
         prompt_ids, response_ids = whole_ids[:shared], whole_ids[shared:]
         if not response_ids:
             raise InputError("response '': found no token to predict and no end token")

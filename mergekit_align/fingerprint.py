@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mergekit.common import ModelReference
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 _LARGE = 64 * 2**20
@@ -16,19 +22,19 @@ def model_fingerprint(model: str) -> str:
     Files count by their content; weights of more than 64 MiB by size and time of change, so that a
     large model costs nothing.
     """
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     directory = Path(model)
     if not directory.is_dir():
-        digest.update(model.encode())
-        return digest.hexdigest()[:16]
+        found.update(model.encode())
+        return found.hexdigest()[:16]
     for file in sorted(path for path in directory.iterdir() if path.is_file()):
-        digest.update(file.name.encode())
+        found.update(file.name.encode())
         stat = file.stat()
         if file.suffix in _WEIGHTS and stat.st_size > _LARGE:
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+            found.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
         else:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+            found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def commit(model: str, revision: str = "main", *, file: str = "config.json") -> str | None:
@@ -42,3 +48,27 @@ def commit(model: str, revision: str = "main", *, file: str = "config.json") -> 
         return None
     found: str | None = extract_commit_hash(cached_file(model, file, revision=revision), None)
     return found
+
+
+def reference_fingerprint(reference: ModelReference) -> list[str | None]:
+    """What tells a model, and its LoRA, from others."""
+    parts: list[str | None] = []
+    places = [(reference.model, "config.json"), (reference.lora, "adapter_config.json")]
+    for place, file in places:
+        if place is not None:
+            revision = commit(place.path, place.revision or "main", file=file)
+            parts += [model_fingerprint(place.path), revision]
+    return parts
+
+
+def lora_cache(place: Path, references: Iterable[ModelReference]) -> str:
+    """Where mergekit may keep these models with their LoRAs merged.
+
+    mergekit knows a merged model by its path alone, which another one may have later.
+    """
+    return str(place / digest([reference_fingerprint(each) for each in references])[:16])
+
+
+def digest(content: object) -> str:
+    """Of anything that JSON can say."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -30,8 +30,6 @@ class GenomeFile(NamedTuple):
     """A genome config, read and checked."""
 
     path: str
-    content: dict[str, Any]
-    """The file's mapping, as it is."""
     section: AlignSection
     """Its `align:` section."""
     config: EvolMergeConfiguration
@@ -80,7 +78,7 @@ def read_genome(
         check_models(config.genome, path)
     search_path = [str(eval_tasks_path()), *section.task_search_path, *task_search_path]
     loaded = load_tasks(config.tasks, path, search_path, metadata=task_metadata(section))
-    return GenomeFile(path, content, section, config, loaded, search_path, fixed)
+    return GenomeFile(path, section, config, loaded, search_path, fixed)
 
 
 def _fixed_parameters(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.openings import Openings, TokenIds
+from mergekit_align.openings import Openings
 from mergekit_align.output_layer import last_logprobs
 from mergekit_align.reading import (
     BATCH_LOGITS,
@@ -28,6 +28,7 @@ from mergekit_align.reading import (
     shared_length,
     vocabulary_size,
 )
+from mergekit_align.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,7 @@ import torch
 
 from mergekit_align.checkpoints import context_window
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
-from mergekit_align.openings import Openings, TokenIds
+from mergekit_align.openings import Openings
 from mergekit_align.reading import (
     BATCH_LOGITS,
     MIN_SHARED,
@@ -33,6 +33,7 @@ from mergekit_align.reading import (
     vocabulary_size,
 )
 from mergekit_align.samples import Sample
+from mergekit_align.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mergekit_align.errors import InputError
-
-TokenIds = tuple[int, ...]
+from mergekit_align.token_ids import TokenIds
 
 MAX_TOKENS = 4
 """Length of the longest opening."""

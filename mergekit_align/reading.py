@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from mergekit_align.token_ids import common_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,10 +77,7 @@ def length_sorted_batches(
 
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """How many token ids all prompts begin with; each goes on after them."""
-    own = [list(prompt) for prompt in prompts]
-    pairs = zip(min(own), max(own), strict=False)
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return min(same, *(len(prompt) - 1 for prompt in own))
+    return min(common_length(prompts), *(len(prompt) - 1 for prompt in prompts))
 
 
 def shared_beginnings(
@@ -167,7 +165,6 @@ class PromptBatch:
             ids[row, width - known - own :] = torch.tensor(prompt[known:])
             mask[row, width - own :] = 1
         self._mask = mask.to(model.device)
-        self._lengths = self._mask.sum(1, keepdim=True)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, known:]
         cache = preamble.cache(len(prompts)) if preamble else None
         output = run_model(model, ids.to(model.device), self._mask, positions, keep=1, cache=cache)

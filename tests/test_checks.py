@@ -138,6 +138,33 @@ def test_data_without_a_sample_of_the_tasks_type(
     assert_one_line(run(write_config(align={"data": str(data)})), "no alignment", "some, for task")
 
 
+def test_a_decision_without_both_kinds_of_responses(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "refusals.jsonl"
+    data.write_text(json.dumps(SAMPLE) + "\n")
+    task = {**ALIGNMENT, "metric": "decision_acc,none"}
+    path = write_config(tasks=[task], align={"data": str(data)})
+    assert_one_line(run(path), "tasks[0].metric: found 'decision_acc,none'", "logprob,none")
+
+
+def test_a_tag_reports_nothing_of_its_own(write_config: Callable[..., Path]) -> None:
+    path = write_config(tasks=[{**ALIGNMENT, "name": "response"}])
+    assert_one_line(run(path), "tasks[0].name: found response, of which lm-eval reports no metric")
+
+
+def test_a_group_reports_what_it_aggregates(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "both.yaml").write_text(
+        "group: both\ntask: [response_alignment, response_benign]\n"
+        "aggregate_metric_list: [{metric: logprob}]\n"
+    )
+    task = {**ALIGNMENT, "name": "both", "metric": "logprb,none"}
+    path = write_config(tasks=[task], align={"task_search_path": [str(tmp_path)]})
+    assert_one_line(run(path), "tasks[0].metric: found 'logprb,none'; expected one of logprob,none")
+
+
 def test_missing_data(write_config: Callable[..., Path], tmp_path: Path) -> None:
     data = tmp_path / "none.jsonl"
     assert_one_line(run(write_config(align={"data": str(data)})), str(data), "no such file")

@@ -177,16 +177,34 @@ def test_a_run_that_broke_off_reads_no_finished_model_again(
     assert [line.partition(":")[0] for line in lines] == [str(copy)]
 
 
-def test_a_lora_is_weighed_and_merged(
-    config: Callable[..., Path], world: Path, tmp_path: Path
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+def save_lora(base: Path, place: Path, size: float) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.fill_(0.2)
-    adapted.save_pretrained(tmp_path / "lora")
+                parameter.fill_(size)
+    adapted.save_pretrained(place)
+
+
+def test_a_lora_that_is_trained_anew_in_its_place_is_merged_anew(
+    config: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    path = config(models=[{"model": f"{world}/base"}, {"model": f"{world}/base+{tmp_path}/lora"}])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    merged = []
+    for number, size in enumerate((0.2, -0.4)):
+        save_lora(world / "base", tmp_path / "lora", size)
+        result = run(path, str(tmp_path / str(number)))
+        assert result.exit_code == 0, result.output
+        merged.append(load_file(tmp_path / str(number) / "model.safetensors")[name])
+    assert not torch.equal(*merged)
+
+
+def test_a_lora_is_weighed_and_merged(
+    config: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    save_lora(world / "base", tmp_path / "lora", 0.2)
     models = [{"model": f"{world}/base"}, {"model": f"{world}/base+{tmp_path}/lora"}]
     out = tmp_path / "out"
     result = run(config(models=models), str(out), "--lora-merge-cache", str(tmp_path / "merged"))

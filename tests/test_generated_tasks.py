@@ -161,3 +161,25 @@ def test_a_guard_that_cannot_be_used_is_told_before_any_model_is_loaded(
     filled = json.loads(json.dumps(metadata).replace("WORLD", str(world)))
     with pytest.raises(InputError, match=message):
         manager(data=f"{world}/data/test.jsonl", **filled).load(["guard_alignment"])
+
+
+def test_a_judges_third_verdict_is_a_class_of_its_own(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "judged.yaml").write_text(
+        f"include: {SAFETY}/over_refusal.yaml\n"
+        "task: judged\n"
+        f"judge: {{model: {world}/aligned, profile: refusal-judge, controversial: safe}}\n"
+    )
+    with pytest.raises(InputError, match=r"judge\.controversial: found 'safe'; expected nothing"):
+        manager([tmp_path], data=f"{world}/data/test.jsonl").load(["judged"])
+
+
+def test_verdicts_depend_on_what_a_profile_says(world: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.yaml"
+    settings = GuardSettings(model=f"{world}/guard", profile=str(profile))
+    found = set()
+    for text in ("name: a", "name: b"):
+        profile.write_text(text)
+        found.add(settings.fingerprint())
+        moved = settings.model_copy(update={"device": "cuda", "batch_size": 3})
+        assert moved.fingerprint() in found
+    assert len(found) == 2

@@ -105,8 +105,9 @@ def test_gram_matrices_are_means_over_tokens(world: Path, source: Source, tmp_pa
     assert len(file.names) < len(expected)
 
 
+@pytest.mark.parametrize("off_diagonal", [0.9, 0.2])
 def test_propagated_gram_matrices_are_of_the_merged_models_layers(
-    world: Path, source: Source, tmp_path: Path
+    off_diagonal: float, world: Path, source: Source, tmp_path: Path
 ) -> None:
     types: dict[str, Any] = {"aligned": "alignment", "expert-a": "task"}
     for name, kind in types.items():
@@ -119,7 +120,11 @@ def test_propagated_gram_matrices_are_of_the_merged_models_layers(
         }
         for name in types
     ]
-    content = {"merge_method": "regmean_plus", "models": entries}
+    content = {
+        "merge_method": "regmean_plus",
+        "models": entries,
+        "parameters": {} if off_diagonal == 0.9 else {"off_diagonal": off_diagonal},
+    }
     collect_propagated(MergeConfiguration.model_validate(content))
 
     parents = {name: load(world, name) for name in types}
@@ -145,7 +150,8 @@ def test_propagated_gram_matrices_are_of_the_merged_models_layers(
                 (file,) = find_statistics(tmp_path / parent_name, "propagated_gram")
                 gram = grams[parent_name][own]
                 torch.testing.assert_close(file[own].double(), gram, atol=1e-4, rtol=1e-3)
-                shrunk = weights[parent_name] * (0.9 * gram + 0.1 * torch.diag(gram.diag()))
+                diagonal = (1 - off_diagonal) * torch.diag(gram.diag())
+                shrunk = weights[parent_name] * (off_diagonal * gram + diagonal)
                 total = total + shrunk
                 pulled = pulled + dict(parent.named_parameters())[own].double() @ shrunk
             with torch.no_grad():

@@ -23,8 +23,8 @@ from mergekit_align.cli.common import command
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=1,
-    help="Candidates at the same time, one a GPU, or a CPU.  [default: 1, in this process]",
+    help="Candidates at the same time, one a GPU, or a CPU.  [default: the config's, or 1, in this "
+    "process]",
 )
 @click.option("--ray-address", help="HOST:PORT of a running Ray cluster, for the workers.")
 @click.option("--storage-path", help="Where the search keeps its files.  [default: NAME-evolved]")
@@ -39,7 +39,7 @@ def main(
     seconds: float | None,
     seed: int | None,
     device: str | None,
-    workers: int,
+    workers: int | None,
     ray_address: str | None,
     storage_path: str | None,
     task_search_path: tuple[str, ...],
@@ -81,7 +81,7 @@ def main(
             resume=resume,
             progress=_progress,
             evaluator=evaluator,
-            workers=workers,
+            workers=workers or config.file.section.workers or 1,
             ray_address=ray_address,
         )
     except SearchError as error:

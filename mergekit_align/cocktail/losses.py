@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.options import MergeOptions
 from sqlitedict import SqliteDict
@@ -31,7 +30,7 @@ from sqlitedict import SqliteDict
 from mergekit_align.checkpoints import context_window
 from mergekit_align.devices import check_device, default_device, default_dtype
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
-from mergekit_align.fingerprint import commit, model_fingerprint
+from mergekit_align.fingerprint import digest, lora_cache, reference_fingerprint
 from mergekit_align.loss import ResponseReader
 from mergekit_align.samples import Sample
 from mergekit_align.user_cache import user_cache
@@ -89,7 +88,7 @@ class Models:
     def directory(self, model: ModelReference) -> str:
         """Where its files are; a LoRA is merged and a hub's model fetched first."""
         merged = model.merged(
-            self.options.lora_merge_cache or str(user_cache("lora")),
+            self.options.lora_merge_cache,
             self.options.trust_remote_code,
             self.options.lora_merge_dtype,
         )
@@ -128,6 +127,15 @@ class Models:
 
         if model.lora is None:
             self._reader.submit(read)
+
+
+def with_lora_cache(options: MergeOptions, config: MergeConfiguration) -> MergeOptions:
+    """mergekit's options, by which a LoRA that is merged to be weighed is found again by the merge."""
+    with_lora = [each for each in config.referenced_models() if each.lora is not None]
+    if options.lora_merge_cache or not with_lora:
+        return options
+    place = lora_cache(user_cache("lora"), with_lora)
+    return options.model_copy(update={"lora_merge_cache": place})
 
 
 def sample_losses(
@@ -195,8 +203,8 @@ class _Table:
     ) -> None:
         self.reference = reference
         device, dtype = models.precision
-        model = [_fingerprint(reference), dtype, device.partition(":")[0]]
-        self._keys = [_digest([*model, *each]) for each in encoded]
+        model = [reference_fingerprint(reference), dtype, device.partition(":")[0]]
+        self._keys = [digest([*model, *each]) for each in encoded]
         self._known = known
         self._found: dict[str, SampleLoss] = {
             key: SampleLoss(*known[key]) for key in self._keys if key in known
@@ -246,18 +254,3 @@ def _weight_files(directory: str) -> list[Path]:
 
 def _weight_bytes(directory: str) -> int:
     return sum(file.stat().st_size for file in _weight_files(directory))
-
-
-def _fingerprint(reference: ModelReference) -> list[str | None]:
-    """What tells a model, and its LoRA, from others."""
-    parts: list[str | None] = []
-    places = [(reference.model, "config.json"), (reference.lora, "adapter_config.json")]
-    for place, file in places:
-        if place is not None:
-            revision = commit(place.path, place.revision or "main", file=file)
-            parts += [model_fingerprint(place.path), revision]
-    return parts
-
-
-def _digest(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from mergekit.options import MergeOptions
 
-from mergekit_align.cocktail.losses import Models, Precision, SampleLoss, encode, sample_losses
+from mergekit_align.cocktail.losses import (
+    Models,
+    Precision,
+    SampleLoss,
+    encode,
+    sample_losses,
+    with_lora_cache,
+)
 from mergekit_align.cocktail.settings import CocktailConfig, draw_samples
 from mergekit_align.cocktail.tokenizers import Unit, load_tokenizers
 from mergekit_align.errors import InputError
@@ -93,7 +100,7 @@ def mix(
     """
     from accelerate import PartialState
 
-    options = options or MergeOptions()
+    options = with_lora_cache(options or MergeOptions(), config.merge)
     section = config.section
     samples = draw_samples(config, progress)
     tokenizers, unit = load_tokenizers(config, options)

@@ -12,6 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_align.cocktail.losses import with_lora_cache
 from mergekit_align.cocktail.mix import Cocktail
 from mergekit_align.cocktail.settings import CocktailConfig
 from mergekit_align.errors import InputError
@@ -51,7 +52,7 @@ def merge(
     options: MergeOptions | None = None,
 ) -> None:
     """Write the merged model as `mergekit-yaml` does, and to its card how the weights came about."""
-    options = options or MergeOptions()
+    options = with_lora_cache(options or MergeOptions(), config.merge)
     text = _yaml(cocktail)
     merged = MergeConfiguration.model_validate(cocktail.config)
     run_merge(merged, os.fspath(out_path), options=options, config_source=text)

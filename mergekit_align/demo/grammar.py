@@ -11,7 +11,7 @@ functions read plain text, so that they judge any model's response to any prompt
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from mergekit_align.demo import phrases
@@ -174,9 +174,6 @@ def answer(prompt: Prompt, rng: random.Random) -> str:
         return rng.choice(phrases.HELP).format(first=first, second=second)
     value = getattr(facts, prompt.topic)
     return rng.choice(phrases.ANSWERS[prompt.topic]).format(thing=prompt.subject, value=value)
-
-
-Responder = Callable[[Prompt, random.Random], str]
 
 
 # Truth.

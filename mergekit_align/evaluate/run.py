@@ -153,6 +153,7 @@ def evaluate(
             "limit": limit,
             "max_tokens": max_tokens,
             "backend": chosen_backend.name,
+            "backend_args": _printable(backend_args or {}),
             "device": chosen_backend.device,
             "dtype": chosen_backend.dtype,
             "batch_size": chosen_backend.batch_size,
@@ -162,6 +163,7 @@ def evaluate(
             "threshold": judging and judging.threshold,
             "data": files,
             "tasks": list(tasks),
+            "task_search_path": [os.fspath(each) for each in task_search_path],
             "mergekit-align": mergekit_align.__version__,
             **{package: version(package) for package in ("lm_eval", "transformers", "torch")},
         },
@@ -229,3 +231,11 @@ def _judge_all(
     seconds = time.monotonic() - started
     progress(f"guard: {len(pairs)} responses ({new} to judge) in {seconds:.1f} s")
     return verdicts
+
+
+def _printable(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Without what must stay secret."""
+    secret = ("key", "token", "secret", "password", "header")
+    return {
+        k: str(v) for k, v in arguments.items() if not any(word in k.lower() for word in secret)
+    }

@@ -18,7 +18,7 @@ from mergekit_align.evolve.fitness import Fitness, Results
 from mergekit_align.evolve.genes import Array, Genes
 from mergekit_align.evolve.kernels import KERNELS
 from mergekit_align.evolve.merging import MergedModel, TensorMerge
-from mergekit_align.tasks import ResponseTask
+from mergekit_align.tasks.response import is_response_task
 
 if TYPE_CHECKING:
     from mergekit_align.evolve.config import EvolveConfig
@@ -56,8 +56,7 @@ def check_differentiable(config: EvolveConfig) -> None:
 
 
 def _check_metric(config: EvolveConfig, name: str, metric: str, where: str) -> None:
-    tasks = list(config.file.loaded[name]["tasks"].values())
-    if len(tasks) != 1 or not isinstance(tasks[0], ResponseTask):
+    if not is_response_task(config.file.loaded[name]):
         raise InputError.at(
             config.path,
             where,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_align.align_section import Distillation
@@ -19,7 +20,7 @@ from mergekit_align.evolve.distillation import check_teachers
 from mergekit_align.evolve.genes import Genes
 from mergekit_align.evolve.racing import check_racing
 from mergekit_align.evolve.searchers import BY_GRADIENT, MULTI_OBJECTIVE, SEARCHERS
-from mergekit_align.fingerprint import model_fingerprint
+from mergekit_align.fingerprint import lora_cache, model_fingerprint
 from mergekit_align.genome_config import GenomeFile, read_genome
 
 DEFAULT_EVALUATIONS = 100
@@ -75,10 +76,16 @@ class EvolveConfig(NamedTuple):
     def path(self) -> str:
         return self.file.path
 
+    @property
+    def models(self) -> list[ModelReference]:
+        """All that are merged, the base last."""
+        genome = self.file.config.genome
+        return [*genome.models, *([genome.base_model] if genome.base_model else [])]
+
     def merge_options(self) -> MergeOptions:
         """mergekit's, as the stock search has them."""
         return MergeOptions(
-            lora_merge_cache=str(self.storage / "lora_merge_cache"),
+            lora_merge_cache=lora_cache(self.storage / "lora_merge_cache", self.models),
             device=self.device,
             random_seed=self.seed,
             quiet=True,
@@ -87,9 +94,9 @@ class EvolveConfig(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """What makes a study of this config another one than a study of another config."""
         section = self.file.section
-        genome = self.file.config.genome
-        models = [*genome.models, *([genome.base_model] if genome.base_model else [])]
         objectives = [":".join(each) for each in self.objectives] or ["fitness"]
+        places = [*(section.statistics or {}).values(), *(section.base_statistics or {}).values()]
+        statistics = {place: model_fingerprint(place) for place in places}
         return {
             "searcher": self.searcher,
             "objectives": objectives,
@@ -112,7 +119,8 @@ class EvolveConfig(NamedTuple):
             **({"distillation": self.distillation.model_dump()} if self.distillation else {}),
             "random_seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "models": {str(model): model_fingerprint(model.model.path) for model in models},
+            "models": {str(model): _fingerprint(model) for model in self.models},
+            **({"statistics": statistics} if statistics else {}),
             "data": None if section.data is None else _digest(section.data),
         }
 
@@ -216,7 +224,7 @@ def _metric(key: str, file: GenomeFile, where: str) -> tuple[str, str]:
         )
     if not metric:
         return task, own[0]
-    known = sorted({*task_metrics(file.loaded[task]), *own})
+    known = sorted({*task_metrics(task, file.loaded[task]), *own})
     full = metric if "," in metric else f"{metric},none"
     if full not in known:
         plain = [each.removesuffix(",none") for each in known]
@@ -225,6 +233,11 @@ def _metric(key: str, file: GenomeFile, where: str) -> tuple[str, str]:
             f"one of {', '.join(plain)}{closest(metric, plain)}"
         )
     return task, full
+
+
+def _fingerprint(model: ModelReference) -> str:
+    parts = [each.path for each in (model.model, model.lora) if each is not None]
+    return "+".join(map(model_fingerprint, parts))
 
 
 def _digest(path: str) -> str:

@@ -24,7 +24,7 @@ from mergekit_align.gradient import (
     accumulate_distillation_gradient,
     accumulate_logprob_gradient,
 )
-from mergekit_align.tasks.response import ResponseTask, encode_requests
+from mergekit_align.tasks.response import ResponseTask, encode_requests, is_response_task
 
 if TYPE_CHECKING:
     from mergekit.evo.config import EvolMergeConfiguration
@@ -77,7 +77,7 @@ class Fitness:
                     task.dataset = task.dataset.shuffle(seed=_OTHER_SEED)
                 _set_few_shot(task, config.num_fewshot)
                 _build_requests_once(task)
-            if _is_response_task(each):
+            if is_response_task(each):
                 self._responses[name] = next(iter(each["tasks"].values()))
             else:
                 self._others[name] = each
@@ -175,16 +175,6 @@ def _wrapped(
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
     finally:
         logger.setLevel(level)
-
-
-def _is_response_task(loaded: Any) -> bool:
-    tasks = list(loaded["tasks"].values())
-    return (
-        not loaded.get("groups")
-        and len(tasks) == 1
-        and isinstance(tasks[0], ResponseTask)
-        and [each.name for each in tasks[0]._filters] == ["none"]
-    )
 
 
 def _set_few_shot(task: Any, count: int | None) -> None:

@@ -10,7 +10,7 @@ ways to the same bits.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -127,7 +127,8 @@ class MergedModel:
         self._order = self._order_on_disk(config)
         self.tokenizer: PreTrainedTokenizerBase = self._make_tokenizer(config)
         self.model: PreTrainedModel = self._make_model(config, dtype)
-        self._targets = self._parameters_by_name()
+        # By checkpoint name; of parameters that are tied, the first name alone.
+        self._targets: dict[str, torch.nn.Parameter] = dict(self.model.named_parameters())
         self._written: dict[str, object] = {}
 
     def resolve(self, config: MergeConfiguration) -> list[TensorMerge]:
@@ -163,14 +164,6 @@ class MergedModel:
             )
         return merges
 
-    def overwrite(self, tensors: Callable[[str], torch.Tensor | None]) -> None:
-        """Make the model one whose tensors are given by their names; `None` leaves one as it is."""
-        for name, parameter in self._targets.items():
-            tensor = tensors(name)
-            if tensor is not None:
-                parameter.data.copy_(tensor)
-        self._written.clear()
-
     def _merge_tensor(
         self, merge: TensorMerge, target: torch.Tensor, out_dtype: str | None
     ) -> None:
@@ -180,10 +173,11 @@ class MergedModel:
         plain = dtype in (None, torch.bfloat16) and not merge.shared.get("rescale")
         if kernel is not None and plain:
             made_of = (merge.key, merge.shared, merge.own)
-            if self._written.get(name) != made_of:
+            if self._written.pop(name, None) != made_of:
                 kernel.merge(target, merge.shared, merge.own)
-                self._written[name] = made_of
+            self._written[name] = made_of
             return
+        self._written.pop(name, None)
         task = merge.task.model_copy(
             update={"parameters": merge.shared, "input_parameters": merge.own}
         )
@@ -269,10 +263,6 @@ class MergedModel:
         made.tie_weights()  # which is left out with the initial weights
         model: PreTrainedModel = made.to(self._device).eval().requires_grad_(False)
         return model
-
-    def _parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters by checkpoint name; of parameters that are tied, the first name alone."""
-        return dict(self.model.named_parameters())
 
     def _target(self, name: str) -> torch.Tensor | None:
         """The parameter of that name; `None` of one that is tied to another, which says what it is."""

@@ -25,7 +25,7 @@ from mergekit_align.evolve.genes import Array
 from mergekit_align.evolve.ranking import best_of
 from mergekit_align.evolve.sample_values import Metric, SampleValues, Slice
 from mergekit_align.evolve.strata import SHARES, stratify
-from mergekit_align.tasks import ResponseTask
+from mergekit_align.tasks.response import is_response_task
 
 if TYPE_CHECKING:
     from mergekit_align.evolve.config import EvolveConfig
@@ -187,7 +187,7 @@ def check_racing(config: EvolveConfig) -> None:
             config.path, key, found="it with `objectives`", expected="one fitness, and `floors`"
         )
     for name, loaded in config.file.loaded.items():
-        if not all(isinstance(task, ResponseTask) for task in loaded["tasks"].values()):
+        if not is_response_task(loaded):
             raise InputError.at(
                 config.path,
                 key,

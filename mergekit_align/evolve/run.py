@@ -109,7 +109,7 @@ def search(
             return late or interrupted()
 
         if before < config.evaluations:
-            gradient = searcher.needs_gradient
+            gradient = config.by_gradient
             pool: Pool
             if workers > 1 or ray_address is not None:
                 pool = RayPool(config, workers, address=ray_address, gradient=gradient)

@@ -215,14 +215,15 @@ def _drop_broken_end(where: str) -> None:
 def _check_same(where: str, known: Any, config: Mapping[str, Any]) -> None:
     if known is None:
         return
-    for key, expected in _flat(known).items():
-        found = _flat(config).get(key, "nothing")
+    before, now = _flat(known), _flat(config)
+    for key, expected in before.items():
+        found = now.get(key, "nothing")
         if found != expected:
             raise InputError(
                 f"{where}: {key}: found {found} in the config; expected {expected}, as the study has it"
             )
-    for key, found in _flat(config).items():
-        if key not in _flat(known):
+    for key, found in now.items():
+        if key not in before:
             raise InputError(
                 f"{where}: {key}: found {found} in the config; expected nothing, as the study has it"
             )

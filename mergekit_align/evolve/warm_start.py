@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit.evo.genome import METHOD_PARAM_MAPS
+
 from mergekit_align.errors import InputError
-from mergekit_align.evolve.study import read_evaluations
+from mergekit_align.evolve.study import read_study
 from mergekit_align.yaml_files import read_yaml_mapping
 
 if TYPE_CHECKING:
@@ -30,18 +32,20 @@ def warm_start(genes: list[Gene], file: GenomeFile) -> list[Gene]:
     if where.endswith((".yml", ".yaml")):
         starts = _weights(where, file, key, genes)
     else:
-        done = [each for each in read_evaluations(where) if each.complete and not each.violation]
+        config, evaluations = read_study(where)
+        done = [each for each in evaluations if each.complete and not each.violation]
         if not done:
             raise InputError.at(
                 file.path, key, found=f"no feasible candidate in {where}", expected="one"
             )
         best = max(done, key=lambda each: each.values or ())
-        if len(best.genotype) != len(genes):
+        known, wanted = [name for name, *_ in config["genes"]], [gene.name for gene in genes]
+        if known != wanted:
             raise InputError.at(
                 file.path,
                 key,
-                found=f"{len(best.genotype)} genes in {where}",
-                expected=f"{len(genes)}, as this genome has",
+                found=f"{len(known)} genes in {where}, {', '.join(known[:4])}, ...",
+                expected=f"this genome's {len(wanted)}: {', '.join(wanted[:4])}, ...",
             )
         starts = best.genotype.tolist()
     return [
@@ -56,8 +60,9 @@ def _weights(where: str, file: GenomeFile, key: str, genes: list[Gene]) -> list[
         str(each.get("model")): (each.get("parameters") or {}).get("weight") for each in entries
     }
     starts = [gene.start for gene in genes]
-    models = [str(model) for model in file.config.genome.models]
-    per_model = len(genes) // len(models) // _groups(file, len(genes), len(models))
+    genome = file.config.genome
+    models = [str(model) for model in genome.models]
+    per_model = (len(genome.filters or []) + 1) * len(METHOD_PARAM_MAPS[genome.merge_method])
     for index, gene in enumerate(genes):
         if not gene.name.startswith("weight "):
             continue
@@ -72,13 +77,3 @@ def _weights(where: str, file: GenomeFile, key: str, genes: list[Gene]) -> list[
             )
         starts[index] = float(weight)
     return starts
-
-
-def _groups(file: GenomeFile, genes: int, models: int) -> int:
-    from mergekit.evo.genome import METHOD_PARAM_MAPS
-
-    genome = file.config.genome
-    per_group = (
-        models * (len(genome.filters or []) + 1) * len(METHOD_PARAM_MAPS[genome.merge_method])
-    )
-    return genes // per_group

@@ -10,7 +10,6 @@ from typing import Any
 
 import mergekit_align
 from mergekit_align.evaluate.models import generation_fingerprint
-from mergekit_align.fingerprint import commit, model_fingerprint
 from mergekit_align.generate.config import Asked, Config, PoolModel
 from mergekit_align.generate.settings import Stage
 
@@ -56,12 +55,7 @@ def stage_settings(config: Config) -> dict[Stage, Any]:
             "models": {model.name: of_model(model) for model in config.pool},
             "experts": {asked.domain: asked.expert for asked in config.asked if asked.domain},
         },
-        "judge": guard
-        and {
-            **guard.model_dump(exclude={"device", "batch_size"}),
-            "fingerprint": model_fingerprint(guard.model),
-            "commit": commit(guard.model) if guard.backend is None else None,
-        },
+        "judge": guard and guard.fingerprint(),
         "select": {**settings.select.model_dump(), "seed": config.seed(settings.select.seed)},
         "split": {"shares": list(settings.split.items()), "seed": settings.seed},
         "save": {

@@ -83,15 +83,15 @@ class Seen:
         for text in texts:
             self.add(text)
 
-    def closest(self, text: str) -> str | None:
-        """A remembered text, normalised, that this one is, or nearly is."""
+    def knows(self, text: str) -> bool:
+        """Whether a text, normalised, is one that is remembered, or nearly is."""
         text = normalised(text)
         if text in self._known:
-            return text
+            return True
         if self._threshold == 1 or not text:
-            return None
+            return False
         candidates = (self._texts[index] for index in sorted(self._index.query(self._hash(text))))
-        return next((c for c in candidates if similarity(text, c) >= self._threshold), None)
+        return any(similarity(text, each) >= self._threshold for each in candidates)
 
     def _hash(self, text: str) -> RMinHash:
         return _hashed(text, self._permutations)

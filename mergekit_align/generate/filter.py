@@ -46,10 +46,10 @@ class Filter:
             return "too long"
         if self._language is not None and not is_in(question, self._language):
             return "other language"
-        if any(self._evaluation.closest(text) for text in {question, prompt}):
+        if any(self._evaluation.knows(text) for text in {question, prompt}):
             return "contaminated"
         seen = self._seen(kind)
-        if seen.closest(question):
+        if seen.knows(question):
             return "duplicate"
         seen.add(question)
         return None

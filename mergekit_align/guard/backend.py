@@ -23,7 +23,8 @@ from mergekit_align.checkpoints import context_window
 from mergekit_align.devices import default_device, default_dtype
 from mergekit_align.errors import InputError, closest
 from mergekit_align.guard.scorer import Score, Scorer
-from mergekit_align.guard.verdict import Logprobs, TokenIds, VerdictTree
+from mergekit_align.guard.verdict import Logprobs, VerdictTree
+from mergekit_align.token_ids import TokenIds, common_length
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -139,10 +140,7 @@ class BackendScorer(Scorer):
         found = {}
         for code in frame.codes:
             together = tokenize(before + separator + code)
-            shared = next(
-                (n for n, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b),
-                len(alone),
-            )
+            shared = common_length([alone, together])
             kept = len(frame.category_start) - (len(alone) - shared)
             found[code] = (*frame.category_start[:kept], *together[shared:])
         return found

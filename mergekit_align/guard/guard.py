@@ -15,7 +15,8 @@ from mergekit_align.guard.profile import choose_profile
 from mergekit_align.guard.prompt import EncodedPrompt, Frame, PromptWriter
 from mergekit_align.guard.scorer import HuggingFaceScorer, Scorer
 from mergekit_align.guard.settings import GuardSettings
-from mergekit_align.guard.verdict import TokenIds, Verdict, verdict, worst
+from mergekit_align.guard.verdict import Verdict, verdict, worst
+from mergekit_align.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

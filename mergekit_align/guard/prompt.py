@@ -17,7 +17,8 @@ from mergekit_align.guard.conversation import Conversation
 from mergekit_align.guard.plain_text import PlainText, encodable
 from mergekit_align.guard.profile import GuardProfile, Reading
 from mergekit_align.guard.template import GuardTemplate
-from mergekit_align.guard.verdict import Meaning, TokenIds, VerdictTree
+from mergekit_align.guard.verdict import Meaning, VerdictTree
+from mergekit_align.token_ids import TokenIds, common_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,10 +188,11 @@ class PromptWriter:
         )
         probed = [self._written(frame, [probe] * count)[1] for probe in _PROBES]
         whole = [self._plain.ids(self._text(frame, ["a"] * count) + answer) for answer in answers]
-        start = len(_shared_beginning([probed[0], *whole]))
+        start = common_length([probed[0], *whole])
         ids = [tuple(row[start:]) for row in whole]
         tree = VerdictTree(dict(zip(ids, answers.values(), strict=True)))
-        forced = _shared_beginning(list(tree.branches))
+        branches = list(tree.branches) or [()]
+        forced = branches[0][: common_length(branches)]
         rest = zip((answer[len(forced) :] for answer in ids), answers.values(), strict=True)
         categories = self.profile.categories
         codes: Sequence[str] = ()
@@ -205,7 +207,7 @@ class PromptWriter:
             elif categories.in_prompt is not None:
                 codes = re.findall(categories.in_prompt, "".join(frame.pieces), re.MULTILINE)
         return frame._replace(
-            preamble=_shared_beginning(probed),
+            preamble=tuple(probed[0][: common_length(probed)]),
             tree=VerdictTree(dict(rest)),
             overlap=len(probed[0]) - start,
             forced=forced,
@@ -249,12 +251,3 @@ def _stripped(frame: Frame, contents: Iterable[str]) -> list[str]:
     left, right = frame.strips
     texts = [text.lstrip() if left else text for text in contents]
     return [text.rstrip() if right else text for text in texts]
-
-
-def _shared_beginning(rows: Sequence[Sequence[int]]) -> TokenIds:
-    shared = []
-    for tokens in zip(*rows, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        shared.append(tokens[0])
-    return tuple(shared)

@@ -8,8 +8,6 @@ same whether one process wrote it or many.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 from mergekit_align.checks import check_writable
 from mergekit_align.files import write_text
-from mergekit_align.fingerprint import model_fingerprint
+from mergekit_align.fingerprint import digest
 from mergekit_align.guard.guard import load_guard
 from mergekit_align.guard.responses import Judged, load_responses
 from mergekit_align.guard.settings import GuardSettings
@@ -157,9 +155,5 @@ def _summary(rows: Sequence[Judged], records: Sequence[dict[str, Any]]) -> Summa
 
 
 def _run_fingerprint(rows: Sequence[Judged], settings: GuardSettings) -> str:
-    """What a run's verdicts depend on; the device is not part of it."""
-    digest = hashlib.sha256(model_fingerprint(settings.model).encode())
-    digest.update(settings.model_dump_json(exclude={"device", "backend_args"}).encode())
-    for row in rows:
-        digest.update(json.dumps([row.id, row.conversation.turns]).encode())
-    return digest.hexdigest()[:16]
+    """What a run's verdicts depend on."""
+    return digest([settings.fingerprint(), [[row.id, row.conversation.turns] for row in rows]])[:16]

@@ -10,9 +10,10 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from mergekit_align.checkpoints import context_window
-from mergekit_align.guard.verdict import Logprobs, TokenIds, VerdictTree
+from mergekit_align.guard.verdict import Logprobs, VerdictTree
 from mergekit_align.reading import (
     BATCH_LOGITS,
+    MIN_SHARED,
     BatchSize,
     Preamble,
     PromptBatch,
@@ -20,6 +21,7 @@ from mergekit_align.reading import (
     may_share,
     vocabulary_size,
 )
+from mergekit_align.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,8 +34,6 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens that a batch reads, padding included; on a CPU as many as its caches like."""
 CACHED_TOKENS = 65536
 """Tokens in a batch's key/value cache, those of the shared preamble included."""
-MIN_PREAMBLE = 16
-"""A shorter one is not worth a cache of its own."""
 
 
 class Score(NamedTuple):
@@ -166,7 +166,7 @@ class HuggingFaceScorer(Scorer):
 
         What does not fit alone is `lost`.
         """
-        shared = self._preamble(preamble) if len(preamble) >= MIN_PREAMBLE else None
+        shared = self._preamble(preamble) if len(preamble) >= MIN_SHARED else None
 
         def attempt(rows: Sequence[int], known: Preamble | None) -> list[T]:
             try:

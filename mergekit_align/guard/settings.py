@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+import mergekit_align
+from mergekit_align.fingerprint import commit, digest, model_fingerprint
 
 
 class GuardSettings(BaseModel):
@@ -36,3 +40,18 @@ class GuardSettings(BaseModel):
     """Name of an lm-eval model that answers in place of one in this process: `vllm`, ..."""
     backend_args: dict[str, Any] = {}
     """Its arguments, as for `lm_eval --model_args`."""
+
+    def fingerprint(self) -> str:
+        """What verdicts depend on: the guard, its profile's text, how it decides; not where it runs."""
+        profile = Path(self.profile) if self.profile else None
+        where = {"device", "batch_size", "backend_args"}
+        arguments = {k: v for k, v in self.backend_args.items() if k != "base_url"}
+        parts = [
+            model_fingerprint(self.model),
+            commit(self.model) if self.backend is None else None,
+            self.model_dump(mode="json", exclude=where),
+            {key: str(value) for key, value in arguments.items()},
+            profile.read_text(encoding="utf-8") if profile and profile.is_file() else None,
+            mergekit_align.__version__,
+        ]
+        return digest(parts)[:16]

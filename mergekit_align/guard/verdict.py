@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from mergekit_align.errors import InputError
+from mergekit_align.token_ids import TokenIds
 
-TokenIds = tuple[int, ...]
 Meaning = Literal["safe", "unsafe", "controversial"]
 Logprobs = Mapping[TokenIds, Mapping[int, float]]
 """For each place in a tree (the tokens read since the prompt), the log-probability of each branch."""
@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
     p_unsafe: float | None
     """P(unsafe); `None` where unreadable."""
     p_controversial: float
-    """The share of `p_unsafe` that a guard with a third verdict calls controversial."""
+    """Probability of a guard's third verdict; part of `p_unsafe` unless the user counts it as safe."""
     readable: float
     """Probability that fell on known verdicts; `nan` where the model gave none."""
     categories: tuple[str, ...] = ()

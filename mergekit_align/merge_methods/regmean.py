@@ -24,9 +24,11 @@ from mergekit_align.statistics.files import Kind
 _RIDGE = 1e-6
 """Of the mean diagonal: keeps directions that no input has at the plain average."""
 
+OFF_DIAGONAL = 0.9
+
 
 def regression_mean(
-    weights: Sequence[torch.Tensor], grams: Sequence[torch.Tensor], off_diagonal: float = 0.9
+    weights: Sequence[torch.Tensor], grams: Sequence[torch.Tensor], off_diagonal: float
 ) -> torch.Tensor:
     """The merged weight [out, in].
 
@@ -83,7 +85,7 @@ def _regmean(
     statistics: PerInput[str],
     weight: PerInput[Positive] = 1.0,
     alignment_weight: Positive = 1.0,
-    off_diagonal: Fraction = 0.9,
+    off_diagonal: Fraction = OFF_DIAGONAL,
 ) -> torch.Tensor:
     return merge_group(group, "gram", statistics, weight, alignment_weight, off_diagonal)
 

@@ -10,7 +10,7 @@ from mergekit.merge_methods.base import InputContract, PerInput, TensorGroup
 from mergekit.merge_methods.easy_define import merge_method
 
 from mergekit_align.merge_methods.ranges import Fraction, Positive
-from mergekit_align.merge_methods.regmean import merge_group
+from mergekit_align.merge_methods.regmean import OFF_DIAGONAL, merge_group
 from mergekit_align.merge_methods.statistics import needs_statistics
 
 
@@ -25,7 +25,7 @@ def _regmean_plus(
     statistics: PerInput[str],
     weight: PerInput[Positive] = 1.0,
     alignment_weight: Positive = 1.0,
-    off_diagonal: Fraction = 0.9,
+    off_diagonal: Fraction = OFF_DIAGONAL,
 ) -> torch.Tensor:
     return merge_group(group, "propagated_gram", statistics, weight, alignment_weight, off_diagonal)
 

@@ -19,7 +19,7 @@ from mergekit.merge_methods.base import MergeMethod, TensorGroup
 
 from mergekit_align.errors import InputError
 from mergekit_align.fingerprint import model_fingerprint
-from mergekit_align.merge_methods.roles import MergeConfigError, inputs
+from mergekit_align.merge_methods.roles import MergeConfigError, arithmetic_dtype, inputs
 from mergekit_align.samples import SampleType
 from mergekit_align.statistics.files import Kind, StatisticsFile, find_statistics
 
@@ -43,7 +43,7 @@ def read_statistics(
     `None` where the tensor has none: it is no linear layer's, or was tied to another.
     """
     tensor = group.tensors[0]
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(group)
     total: torch.Tensor | None = None
     for file in find_statistics(directory, kind):
         name = group.metadata.name

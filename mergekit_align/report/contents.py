@@ -168,6 +168,11 @@ def _command(evaluation: Evaluation) -> str | None:
         words += _option("threshold", settings.get("threshold"))
     if settings.get("backend") != "hf":
         words += _option("backend", settings.get("backend"))
+    if settings.get("backend_args"):
+        pairs = (f"{key}={value}" for key, value in settings["backend_args"].items())
+        words += ["--backend-args", ",".join(pairs)]
+    for place in settings.get("task_search_path") or []:
+        words += ["--task-search-path", place]
     if settings.get("apply_chat_template") is False:
         words.append("--no-apply-chat-template")
     return shlex.join(words)

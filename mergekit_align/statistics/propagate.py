@@ -18,7 +18,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_align.checkpoints import context_window, read_checkpoint
 from mergekit_align.encoding import ResponseEncoder
 from mergekit_align.errors import InputError
-from mergekit_align.merge_methods.regmean import regression_mean
+from mergekit_align.merge_methods.regmean import OFF_DIAGONAL, regression_mean
 from mergekit_align.statistics.collect import (
     Source,
     add_gram,
@@ -85,6 +85,7 @@ def collect_propagated(
     if config.merge_method != "regmean_plus" or not config.models:
         raise InputError("--merge: expected a config of merge_method regmean_plus with `models:`")
     alignment_weight = _number(config.parameters or {}, "alignment_weight")
+    off_diagonal = _number(config.parameters or {}, "off_diagonal", OFF_DIAGONAL)
     streams: list[_Stream] = []
     headers = []
     for index, entry in enumerate(config.models):
@@ -129,7 +130,7 @@ def collect_propagated(
         prefix = names[layer]
         for stream, grams in zip(streams, files, strict=True):
             _add(layers[stream.model][number], prefix, number, stream, grams)
-        _merge(layer, [own[number] for own in layers], prefix, streams, files)
+        _merge(layer, [own[number] for own in layers], prefix, streams, files, off_diagonal)
         for stream in streams:
             stream.states = [
                 _output(layer, state, calls[number])
@@ -138,8 +139,8 @@ def collect_propagated(
     return [file.finish() for file in files]
 
 
-def _number(parameters: dict[str, Any], name: str) -> float:
-    value = parameters.get(name, 1.0)
+def _number(parameters: dict[str, Any], name: str, default: float = 1.0) -> float:
+    value = parameters.get(name, default)
     if not isinstance(value, (int, float)):
         raise InputError(f"{name}: found {value!r}; expected one number for all tensors")
     return float(value)
@@ -206,6 +207,7 @@ def _merge(
     prefix: str,
     streams: Sequence[_Stream],
     files: Sequence[Accumulators],
+    off_diagonal: float,
 ) -> None:
     """Merge one layer by what is known of its inputs; the rest of it is averaged."""
     _average(layer, sources)
@@ -220,5 +222,6 @@ def _merge(
                     stream.weight * file.tensors[own]
                     for stream, file in zip(streams, files, strict=True)
                 ],
+                off_diagonal,
             )
         )

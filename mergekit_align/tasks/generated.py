@@ -34,10 +34,7 @@ class GeneratedTask(SampleTask):
     HIGHER_IS_BETTER: ClassVar[Mapping[str, bool]] = {}
     """The metrics' names, and which way is up."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__({**self._defaults(), **config})
-
-    def _defaults(self) -> dict[str, Any]:
+    def _defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "output_type": "generate_until",
             "test_split": "test",
@@ -147,6 +144,13 @@ class RefusalTask(GeneratedTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         self._judge = _guard_settings("judge", config, self.where)
+        if self._judge is not None and self._judge.controversial == "safe":
+            raise InputError.at(
+                self.where,
+                "judge.controversial",
+                found="'safe'",
+                expected="nothing: a partial refusal is a class of its own",
+            )
 
     def outcomes(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, Any]]:
         if self._judge is None:

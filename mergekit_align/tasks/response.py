@@ -38,19 +38,6 @@ from mergekit_align.tasks.samples import SampleTask
 REQUEST_TYPE = "response_loglikelihood"
 
 METRICS = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob", "decision_acc")
-_DEFAULTS: dict[str, Any] = {
-    "output_type": "loglikelihood",
-    "test_split": "test",
-    "doc_to_text": "prompt",
-    "doc_to_target": "response",
-    "target_delimiter": "\n",
-    "num_fewshot": 0,
-    "metric_list": [
-        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in METRICS
-    ],
-    # Marks the metrics as this class's own; lm-eval would look them up in its registry.
-    "process_results": "ResponseTask",
-}
 
 
 @dataclass(frozen=True)
@@ -94,12 +81,28 @@ class ResponseTask(SampleTask):
     """
 
     OWN_KEYS = (*SampleTask.OWN_KEYS, "openings")
-    DEFAULTS = _DEFAULTS
+
+    def _defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        given = config.get("openings") or (config.get("metadata") or {}).get("openings")
+        self.openings = _opening_texts(given, self.every_sample, self.where)
+        metrics = [m for m in METRICS if self.openings or not m.startswith("decision")]
+        return {
+            "output_type": "loglikelihood",
+            "test_split": "test",
+            "doc_to_text": "prompt",
+            "doc_to_target": "response",
+            "target_delimiter": "\n",
+            "num_fewshot": 0,
+            "metric_list": [
+                {"metric": name, "aggregation": "mean", "higher_is_better": True}
+                for name in metrics
+            ],
+            # Marks the metrics as this class's own; lm-eval would look them up in its registry.
+            "process_results": "ResponseTask",
+        }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        given = config.get("openings") or (config.get("metadata") or {}).get("openings")
-        self.openings = _opening_texts(given, self.every_sample, self.where)
         self.OUTPUT_TYPE = REQUEST_TYPE
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> ResponseRequest:
@@ -132,9 +135,23 @@ class ResponseTask(SampleTask):
         return metrics
 
 
+def is_response_task(loaded: Any) -> bool:
+    """Whether what lm-eval loads for a name is one task of this class, with no filter of its own."""
+    tasks = list(loaded["tasks"].values())
+    return (
+        not loaded.get("groups")
+        and len(tasks) == 1
+        and isinstance(tasks[0], ResponseTask)
+        and [each.name for each in tasks[0]._filters] == ["none"]
+    )
+
+
 def _opening_texts(given: Any, samples: Sequence[Sample], where: str) -> OpeningTexts | None:
     if given is not None:
-        if not isinstance(given, Mapping) or not given.get("refusal") or not given.get("help"):
+        kinds = (
+            [given.get(kind) for kind in ("refusal", "help")] if isinstance(given, Mapping) else []
+        )
+        if not kinds or not all(isinstance(texts, list | tuple) and texts for texts in kinds):
             raise InputError.at(
                 where,
                 "openings",

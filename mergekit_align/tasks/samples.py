@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,6 @@ class SampleTask(ConfigurableTask):  # type: ignore[misc]
 
     OWN_KEYS: tuple[str, ...] = ("class", "sample_type", "category", "data")
     """Keys of the YAML that are not lm-eval's."""
-    DEFAULTS: Mapping[str, Any] = {}
-    """lm-eval's keys, where the YAML does not say."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         metadata = dict(config.get("metadata") or {})
@@ -45,7 +44,11 @@ class SampleTask(ConfigurableTask):  # type: ignore[misc]
         if config.get("dataset_path") is None:
             self._load(config, metadata)
         own = {key: value for key, value in config.items() if key not in self.OWN_KEYS}
-        super().__init__(config={**self.DEFAULTS, **own, "metadata": metadata})
+        super().__init__(config={**self._defaults(config), **own, "metadata": metadata})
+
+    @abstractmethod
+    def _defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """lm-eval's keys, where the YAML does not say; the samples are there already."""
 
     def _load(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         self.every_sample = load_samples(_data_path(config.get("data"), metadata, self.where))

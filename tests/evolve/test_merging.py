@@ -113,6 +113,17 @@ def test_an_architecture(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     assert differing(merged.model, on_disk(config, tmp_path / "out")) == []
 
 
+def test_what_another_method_wrote_is_merged_anew(llama: Path) -> None:
+    ours, theirs = merge_config(llama, "ties"), merge_config(llama, "dare_ties")
+    merged = MergedModel(ours, OPTIONS)
+    merged.merge(ours)
+    expected = {name: tensor.clone() for name, tensor in merged.model.state_dict().items()}
+    merged.merge(theirs)
+    assert differing(merged.model, expected)
+    merged.merge(ours)
+    assert differing(merged.model, expected) == []
+
+
 METHODS = sorted(method.spec.name for method in registered_methods())
 ONE_MODEL = {"passthrough"}
 NO_BASE = {"linear", "model_stock", "karcher"}

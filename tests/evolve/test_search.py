@@ -356,6 +356,22 @@ def test_bad_input_is_one_line(align: dict[str, Any], line: str, write_config: W
     assert line in errors[0]
 
 
+def test_a_start_from_a_study_of_other_genes(write_config: WriteConfig, tmp_path: Path) -> None:
+    search(read_config(write_config(), evaluations=1))
+    journal = tmp_path / "evolved" / "study.journal"
+    path = write_config(
+        genome={"merge_method": "ties", "models": None},
+        align={"warm_start": str(journal), "storage_path": str(tmp_path / "second")},
+    )
+    content = yaml.safe_load(path.read_text())
+    content["genome"]["models"] = [content["genome"]["base_model"].replace("base", "aligned")]
+    path.write_text(yaml.safe_dump(content))
+    result = CliRunner().invoke(main, [str(path)])
+    assert result.exit_code == 2
+    assert "align.warm_start: found 2 genes in" in result.output
+    assert "expected this genome's 2: weight (aligned), density (aligned)" in result.output
+
+
 def test_a_study_is_not_gone_on_with_unasked(write_config: WriteConfig) -> None:
     path = write_config()
     search(read_config(path, evaluations=1))

@@ -39,7 +39,7 @@ def limit_batch(guard: Guard, size: int) -> None:
 def test_the_preamble_changes_nothing(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = guard.judge(CONVERSATIONS)
     assert guard._scorer._preambles  # type: ignore[attr-defined]
-    monkeypatch.setattr(scorer, "MIN_PREAMBLE", 10**6)
+    monkeypatch.setattr(scorer, "MIN_SHARED", 10**6)
     assert_equal(guard.judge(CONVERSATIONS), shared)
 
 

@@ -76,6 +76,20 @@ class TestEvaluation:
         assert texts["Command"].startswith("mergekit-align-evaluate models/aligned models/expert")
         assert "--data '/data/test set.jsonl' --guard some-guard" in texts["Command"]
 
+    def test_the_command_finds_tasks_and_a_server_again(self, tmp_path: Path) -> None:
+        evaluation = make_evaluation({"a": [REFUSAL] * 8})
+        evaluation.settings.update(
+            {
+                "backend": "local-completions",
+                "backend_args": {"base_url": "http://host/v1", "tokenizer": "t"},
+                "task_search_path": ["my tasks"],
+            }
+        )
+        found = read_section(save(evaluation, tmp_path / "e")[0], "s1").reproduce
+        (command,) = (each.text for each in found if each.title == "Command")
+        assert "--backend-args base_url=http://host/v1,tokenizer=t" in command
+        assert "--task-search-path 'my tasks'" in command
+
 
 class TestStudy:
     def test_the_chosen_one_keeps_the_floors(self, write_study: Callable[..., Path]) -> None:

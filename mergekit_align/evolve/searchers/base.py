@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,11 +58,6 @@ class Space(NamedTuple):
 
 class Searcher(ABC):
     """Asks for candidates; see the module."""
-
-    multi_objective: ClassVar[bool] = False
-    """Whether it takes more than one objective."""
-    needs_gradient: ClassVar[bool] = False
-    """Whether outcomes must have gradients."""
 
     @abstractmethod
     def ask(self) -> Genotype | None:

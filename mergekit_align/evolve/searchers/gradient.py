@@ -9,7 +9,6 @@ optimiser runs anew over the evaluations that there are, as far as the first tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 from scipy.optimize import minimize
@@ -40,8 +39,6 @@ class GradientSearcher(Searcher):
 
     A candidate that failed counts as one that no step should lead to.
     """
-
-    needs_gradient: ClassVar[bool] = True
 
     def __init__(self, space: Space, *, seed: int) -> None:
         self._space = space

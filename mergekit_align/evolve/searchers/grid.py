@@ -16,8 +16,6 @@ class GridSearcher(Searcher):
     The last gene changes fastest, so that most of a candidate is often what the one before was.
     """
 
-    multi_objective = True
-
     def __init__(self, space: Space, *, points: int) -> None:
         self._combinations = product(
             *(np.linspace(gene.low, gene.high, points) for gene in space.genes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -58,8 +58,6 @@ class OptunaSearcher(Searcher):
 class Nsga2Searcher(OptunaSearcher):
     """NSGA-II (Deb et al. 2002): a population that spreads along the Pareto front."""
 
-    multi_objective: ClassVar[bool] = True
-
     def __init__(self, space: Space, *, seed: int, population: int | None) -> None:
         from optuna.samplers import NSGAIISampler
 
@@ -69,8 +67,6 @@ class Nsga2Searcher(OptunaSearcher):
 class TpeSearcher(OptunaSearcher):
     """Tree-structured Parzen estimators, of all genes together."""
 
-    multi_objective: ClassVar[bool] = True
-
     def __init__(self, space: Space, *, seed: int) -> None:
         from optuna.samplers import TPESampler
 
@@ -79,8 +75,6 @@ class TpeSearcher(OptunaSearcher):
 
 class RandomSearcher(OptunaSearcher):
     """Candidates anywhere within the bounds."""
-
-    multi_objective: ClassVar[bool] = True
 
     def __init__(self, space: Space, *, seed: int) -> None:
         from optuna.samplers import RandomSampler

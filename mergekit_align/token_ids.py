@@ -1,0 +1,16 @@
+"""Sequences of token ids, and what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+TokenIds = tuple[int, ...]
+
+
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many token ids all rows begin with."""
+    own = [list(row) for row in rows]
+    # In the order of dictionaries the first and the last have least in common.
+    pairs = zip(min(own), max(own), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -36,7 +36,7 @@ def teach(config: EvolveConfig, fitness: Fitness) -> dict[str, list[Lesson]]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype).to(config.device)
         for task, teacher in teachers.items():
             if teacher == path:
-                samples, _ = fitness.encoded(task)
+                samples, _ = fitness.samples.encoded(task)
                 found[task] = lessons(model.eval(), samples, kept=_KEPT)
         del model
         if torch.cuda.is_available():

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mergekit_align.encoding import EncodedSample
 from mergekit_align.evolve.distillation import DISTILLATION
 from mergekit_align.evolve.sample_values import SampleReader, SampleValues
 from mergekit_align.gradient import (
@@ -24,7 +23,7 @@ from mergekit_align.gradient import (
     accumulate_distillation_gradient,
     accumulate_logprob_gradient,
 )
-from mergekit_align.tasks.response import ResponseTask, encode_requests, is_response_task
+from mergekit_align.tasks.response import ResponseTask, is_response_task
 
 if TYPE_CHECKING:
     from mergekit.evo.config import EvolMergeConfiguration
@@ -69,7 +68,6 @@ class Fitness:
         wanted = {*metrics, *((task.name, task.metric) for task in config.tasks)}
         self._lm = _wrapped(model, tokenizer, batch_size)
         self._responses: dict[str, ResponseTask] = {}
-        self._encoded: dict[str, tuple[list[EncodedSample], list[Any]]] = {}
         self._others: dict[str, Any] = {}
         for name, each in loaded.items():
             for task in each["tasks"].values():
@@ -109,7 +107,7 @@ class Fitness:
         model = self._lm.model
         if metric == DISTILLATION:
             return accumulate_distillation_gradient(model, self.lessons[name])
-        encoded, openings = self.encoded(name)
+        encoded, openings = self.samples.encoded(name)
         plain = metric.removesuffix(",none")
         if plain in ("logprob", "sequence_logprob"):
             return accumulate_logprob_gradient(model, encoded, by_token=plain == "logprob")
@@ -122,13 +120,7 @@ class Fitness:
             margin=plain == "decision_margin",
         )
 
-    def encoded(self, name: str) -> tuple[list[EncodedSample], list[Any]]:
-        """A response task's samples, and the openings that each one's decision compares."""
-        if name not in self._encoded:
-            self._encoded[name] = encode_requests(self._lm, self._build(self._responses[name]))
-        return self._encoded[name]
-
-    def _build(self, task: Any) -> Sequence[Any]:
+    def _build(self, task: Any) -> None:
         template = self._config.apply_chat_template
         with redirect_stderr(io.StringIO()):  # its progress bar
             task.build_all_requests(
@@ -138,8 +130,6 @@ class Fitness:
                 chat_template=self._lm.apply_chat_template if template else None,
                 tokenizer_name=self._lm.tokenizer_name if template else "",
             )
-        requests: Sequence[Any] = task.instances
-        return requests
 
     def _score_other(self, name: str, loaded: Any) -> dict[str, float]:
         from lm_eval import evaluator

@@ -97,6 +97,8 @@ def _directory(model: ModelPath) -> Path:
 def _weights(directory: Path) -> tuple[int, int]:
     """How many numbers a model's files hold, and their bytes in bfloat16, in which mergekit merges."""
     count = 0
+    if not any(directory.glob("*.safetensors")):  # an older format, in half precision as a rule
+        count = sum(file.stat().st_size for file in directory.glob("*.bin")) // 2
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))

@@ -97,6 +97,13 @@ class SampleReader:
         self.whole = self.slice({name: range(len(task.instances)) for name, task in tasks.items()})
         """Every sample, in its order."""
 
+    def encoded(self, name: str) -> tuple[list[EncodedSample], list[Any]]:
+        """A task's samples, and the openings that each one's decision compares."""
+        group = next(each for each in self._groups if name in each.starts)
+        start = group.starts[name]
+        own = slice(start, start + len(self._tasks[name].instances))
+        return group.encoded[own], group.openings[own]
+
     def slice(self, places: Slice) -> SliceReader:
         """A reader of some samples."""
         parts = []

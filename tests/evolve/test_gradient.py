@@ -91,7 +91,7 @@ def test_they_are_autograds_through_the_merge(
             return functional_call(model, merged(), (), {"attention_mask": attention_mask, **more})
 
     fitness = candidates.fitness
-    encoded = {task["name"]: fitness._encoded[task["name"]] for task in TASKS}
+    encoded = {task["name"]: fitness.samples.encoded(str(task["name"])) for task in TASKS}
     for (name, (samples, openings)), task in zip(encoded.items(), TASKS, strict=True):
         weight = task["weight"]
         before = genes.grad.clone() if genes.grad is not None else torch.zeros_like(genes)
@@ -169,7 +169,8 @@ def test_decisions_and_responses_are_the_losss(
     candidates, config = evaluator(write_config)
     candidates.evaluate(config.genes.start, gradient=True)
     model = candidates.merged.model
-    for samples, openings in candidates.fitness._encoded.values():
+    for task in TASKS:
+        samples, openings = candidates.fitness.samples.encoded(str(task["name"]))
         scores = response_scores(model, samples, openings=openings)
         margins = [score.decision_margin for score in scores]
         assert accumulate_logprob_gradient(model, samples, by_token=True) == pytest.approx(

@@ -22,3 +22,8 @@ def closest(name: str, known: Iterable[str]) -> str:
     """The end of an "expected" clause: ` (did you mean ...?)` for the known name nearest to `name`."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """What an error says, shortened, as a part of our own line."""
+    return " ".join(str(error).split())[:limit]

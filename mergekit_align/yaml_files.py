@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mergekit_align.errors import InputError, closest
+from mergekit_align.errors import InputError, closest, one_line
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -33,7 +33,7 @@ def read_yaml_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: found bytes that are not UTF-8 at {error.start}") from error
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error, 1000)
         raise InputError(f"{path}: found text that is not YAML ({problem})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}; expected a mapping")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mergekit_align.checks import find_tasks
-from mergekit_align.errors import InputError, closest
+from mergekit_align.errors import InputError, closest, one_line
 from mergekit_align.evaluate.scores import Reported
 
 _PREFERRED = ("acc", "exact_match")
@@ -62,7 +62,7 @@ def choose_tasks(
     except InputError:
         raise
     except (OSError, ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"--tasks: found one that does not load ({reason})") from error
     return [
         _with_metric(name, name.partition(":")[2], found)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from mergekit.config import MergeConfiguration
 
-from mergekit_align.errors import InputError
+from mergekit_align.errors import InputError, one_line
 from mergekit_align.evolve.ascent import Ascent
 from mergekit_align.evolve.compact import compact
 from mergekit_align.evolve.config import EvolveConfig
@@ -107,7 +107,7 @@ class Evaluator:
         except InputError:
             raise
         except Exception as error:  # whatever it is, it must not end the search
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            failure = f"{type(error).__name__}: {one_line(error, 500)}"
             return Result(None, (), {}, time.monotonic() - started, failure)
         violations = tuple(
             floor.least - scored.results[floor.task][floor.metric] for floor in self._config.floors

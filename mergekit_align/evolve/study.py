@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mergekit_align.errors import InputError
+from mergekit_align.errors import InputError, one_line
 from mergekit_align.evolve.compact import read_compact, write_compact
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _storage(where: str, *, repair: bool = True) -> optuna.storages.BaseStorage:
         try:
             return RDBStorage(where)
         except (SQLAlchemyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise InputError(f"align.study: found {where} ({reason}); expected a store") from error
     if repair:
         Path(f"{where}.lock").unlink(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_align.checks import find_tasks
-from mergekit_align.errors import InputError
+from mergekit_align.errors import InputError, one_line
 from mergekit_align.generate.settings import Origin
 from mergekit_align.samples import read_rows
 
@@ -105,7 +105,7 @@ def _rows(origin: Origin, where: str) -> Iterator[tuple[str, Any]]:
     try:
         dataset = datasets.load_dataset(origin.dataset, origin.name, split=origin.split)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"{where}: found no dataset that loads ({reason})") from error
     if isinstance(dataset, dict):
         raise InputError(f"{where}.split: found nothing; expected one of {', '.join(dataset)}")
@@ -145,7 +145,7 @@ def _task_prompts(name: str, where: str, search_path: Sequence[str]) -> Iterator
     except InputError:
         raise
     except (OSError, ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"{where}: found a task that does not load ({reason})") from error
     for task in loaded[where]["tasks"].values():
         for doc in task.eval_docs:

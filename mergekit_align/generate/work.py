@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mergekit_align.checkpoints import context_window, read_checkpoint
-from mergekit_align.errors import InputError
+from mergekit_align.errors import InputError, one_line
 from mergekit_align.evaluate.models import Backend, ModelOnDemand, check_room, generates_locally
 from mergekit_align.generate.config import PoolModel
 from mergekit_align.generate.settings import Sampling
@@ -145,7 +145,7 @@ class Worker:
         except Exception as error:  # a server's client raises what it likes
             if not self._model.backend.is_server:
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise InputError(
                 f"{self._model.name}: found no answer from its server ({reason}); what was answered "
                 "is kept for the next run"

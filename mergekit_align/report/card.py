@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mergekit_align.checks import File
-from mergekit_align.errors import InputError
+from mergekit_align.errors import InputError, one_line
 from mergekit_align.evaluate import Column, Evaluation, Score
 from mergekit_align.files import write_text
 from mergekit_align.report.evaluation_file import read_evaluation
@@ -152,7 +152,7 @@ def _split(text: str, card: Path) -> tuple[dict[str, Any], str]:
     try:
         metadata = yaml.safe_load("".join(lines[1 : ends[1]])) or {}
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error, 1000)
         raise InputError(f"{card}: found metadata that is not YAML ({problem})") from error
     if not isinstance(metadata, dict):
         raise InputError(f"{card}: found metadata that is no mapping; expected one")

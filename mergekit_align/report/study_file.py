@@ -7,8 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_align.evolve import study
-
 if TYPE_CHECKING:
     from mergekit_align.evolve.study import Evaluation
 
@@ -65,6 +63,8 @@ def read_study(path: str | os.PathLike[str]) -> StudyRecord:
     Raises:
         InputError: there is none, or it is not one of `mergekit-align-evolve`.
     """
+    from mergekit_align.evolve import study  # which takes seconds, and evaluations need none of it
+
     where = os.fspath(path)
     config, evaluations = study.read_study(where)
     candidates = [_candidate(number, each, config) for number, each in enumerate(evaluations, 1)]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mergekit_align.checks import check_writable
 from mergekit_align.files import write_text
 from mergekit_align.fingerprint import digest
-from mergekit_align.guard.guard import load_guard
+from mergekit_align.guard.guard import check_guard, load_guard
 from mergekit_align.guard.responses import Judged, load_responses
 from mergekit_align.guard.settings import GuardSettings
 from mergekit_align.guard.verdict import Verdict
@@ -81,6 +81,7 @@ def judge_rows(
     """
     from accelerate import PartialState
 
+    check_guard(settings)
     state = PartialState()
     if state.num_processes > 1 and settings.device is None and settings.backend is None:
         settings = settings.model_copy(update={"device": str(state.device)})

@@ -78,7 +78,7 @@ def accumulate_decision_gradient(
         openings: of refusals and of help, as `loss` compares them.
         margin: the decision's log-odds in place of its log-probability, nats.
     """
-    branches = openings.shared_beginnings()
+    branches = openings.branches()
     # With what is read after each prompt, so that batches are as large as they may be.
     rows = [EncodedSample(each.prompt_ids, [*chain(*branches)]) for each in encoded]
 

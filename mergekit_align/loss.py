@@ -178,29 +178,25 @@ def _margins(prompts: PromptBatch, openings: Sequence[Openings | None]) -> list[
     margins: list[float | None] = [None] * len(openings)
     for kind in set(openings) - {None}:
         assert kind is not None
-        every = _decision_margin(prompts, kind, len(openings))
+        every = _decision_margin(prompts, kind)
         for row, own in enumerate(openings):
             if own == kind:
                 margins[row] = float(every[row])
     return margins
 
 
-def _decision_margin(prompts: PromptBatch, openings: Openings, batch: int) -> torch.Tensor:
+def _decision_margin(prompts: PromptBatch, openings: Openings) -> torch.Tensor:
     """log P(opens as a refusal) - log P(opens as help) after every prompt, [batch]."""
     wanted: dict[TokenIds, list[int]] = {}
     for opening in dict.fromkeys([*openings.refusal, *openings.help]):
         for n, token in enumerate(opening):
             if token not in wanted.setdefault(opening[:n], []):
                 wanted[opening[:n]].append(token)
-    found: dict[TokenIds, torch.Tensor] = {}
-    for beginning in [(), *openings.shared_beginnings()]:
-        read = torch.tensor(beginning, dtype=torch.long).expand(batch, -1)
-        following = prompts.next_tokens(read)
-        for n in range(len(beginning) + 1):
-            # Copied out, so that the whole vocabulary's are not kept for every beginning.
-            tokens = wanted.pop(beginning[:n], [])
-            columns = following[:, n, tokens].unbind(1)
-            found |= {(*beginning[:n], t): own for t, own in zip(tokens, columns, strict=True)}
+    found = {
+        (*place, token): own
+        for place, rows in prompts.branches(wanted).items()
+        for token, own in zip(wanted[place], rows.unbind(1), strict=True)
+    }
 
     def logprob(kind: Sequence[TokenIds]) -> torch.Tensor:
         each = [sum(found[opening[: n + 1]] for n in range(len(opening))) for opening in kind]

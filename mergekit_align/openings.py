@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mergekit_align.errors import InputError
-from mergekit_align.token_ids import TokenIds
+from mergekit_align.token_ids import TokenIds, longest
 
 MAX_TOKENS = 4
 """Length of the longest opening."""
@@ -26,14 +26,14 @@ class Openings(NamedTuple):
     refusal: tuple[TokenIds, ...]
     help: tuple[TokenIds, ...]
 
-    def shared_beginnings(self) -> list[TokenIds]:
+    def branches(self) -> list[TokenIds]:
         """What a model has to read after the prompt to know how likely every opening is.
 
         The proper beginnings of the openings, those that lead to no longer one; empty where each
         opening is one token.
         """
         inner = {o[:n] for o in (*self.refusal, *self.help) for n in range(1, len(o))}
-        return sorted(b for b in inner if not any(o[: len(b)] == b and o != b for o in inner))
+        return sorted(longest(inner))
 
 
 def tell_apart(refusals: Iterable[Sequence[int]], helpful: Iterable[Sequence[int]]) -> Openings:

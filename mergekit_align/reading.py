@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mergekit_align.token_ids import common_length
+from mergekit_align.token_ids import TokenIds, common_length, longest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,6 +184,18 @@ class PromptBatch:
         # A forward pass extends the cache that it is given.
         logits, _ = self._continue(continuations, self._mask, copy.deepcopy(self._cache))
         return torch.cat([self.first, logits.float().log_softmax(2)], dim=1)
+
+    def branches(self, wanted: Mapping[TokenIds, Sequence[int]]) -> dict[TokenIds, torch.Tensor]:
+        """Log-probabilities of the tokens wanted after each continuation, [batch, tokens]."""
+        found: dict[TokenIds, torch.Tensor] = {}
+        for place in longest(wanted):
+            read = torch.tensor(place, dtype=torch.long).expand(len(self._mask), -1)
+            following = self.next_tokens(read)
+            for n in range(len(place) + 1):
+                if place[:n] in wanted and place[:n] not in found:
+                    # Copied out, so that the whole vocabulary's are not kept for every place.
+                    found[place[:n]] = following[:, n, list(wanted[place[:n]])]
+        return found
 
     @torch.inference_mode()
     def logprobs(self, responses: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -102,14 +102,7 @@ class HuggingFaceScorer(Scorer):
         self, prompts: Sequence[Sequence[int]], tree: VerdictTree, *, preamble: TokenIds
     ) -> list[Score]:
         def read(batch: PromptBatch, size: int) -> list[Score]:
-            found: dict[TokenIds, torch.Tensor] = {}
-            for place in _longest(tree):
-                rows = torch.tensor(place, dtype=torch.long).expand(size, -1)
-                following = batch.next_tokens(rows)
-                for n in range(len(place) + 1):
-                    # Copied out, so that the whole vocabulary's are not kept for every place.
-                    tokens = list(tree.branches.get(place[:n], ()))
-                    found[place[:n]] = following[:, n, tokens]
+            found = batch.branches(tree.branches)
             # One transfer for all branches of all places.
             wanted = [(place, token) for place, tokens in tree.branches.items() for token in tokens]
             values = torch.cat([found[place] for place in tree.branches], 1).tolist()
@@ -216,9 +209,3 @@ class HuggingFaceScorer(Scorer):
         if ids not in self._preambles:
             self._preambles[ids] = Preamble(self.model, ids)
         return self._preambles[ids]
-
-
-def _longest(tree: VerdictTree) -> list[TokenIds]:
-    """Places that lead to no further one: reading these passes all."""
-    places = tree.branches
-    return [p for p in places if not any(o != p and o[: len(p)] == p for o in places)]

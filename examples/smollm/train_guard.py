@@ -8,7 +8,7 @@
 Its prompt and its verdicts have Llama Guard's form (refusal_guard.yaml): "safe" where a response
 refuses, "unsafe" where it does what was asked. So it judges responses to unsafe prompts, and knows
 nothing of what is unsafe. It learns from the parents' training prompts: each with a refusal in words
-of our own, and with what the original model answers. Some ten minutes on two cores.
+of our own, and with what the original model answers. Some forty minutes on one core.
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of `racing`")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    CONSOLE.print(f"{name()}, {torch.get_num_threads()} threads")
+    CONSOLE.print(name())
     first, *rest = arguments.paths
     found = {
         "evaluations": lambda: evaluations(Path(first), arguments.limit),

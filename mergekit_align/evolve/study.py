@@ -161,11 +161,6 @@ def read_study(where: str) -> tuple[Mapping[str, Any], list[Evaluation]]:
         ) from error
 
 
-def read_evaluations(where: str) -> list[Evaluation]:
-    """The evaluations of a search; raises as `read_study` does."""
-    return read_study(where)[1]
-
-
 def _storage(where: str, *, repair: bool = True) -> optuna.storages.BaseStorage:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock

@@ -8,8 +8,6 @@ keeps of the files that the statistics are added to.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from mergekit_align.checkpoints import context_window, read_checkpoint
 from mergekit_align.devices import check_device, default_device
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.errors import InputError
-from mergekit_align.fingerprint import model_fingerprint
+from mergekit_align.fingerprint import digest, model_fingerprint
 from mergekit_align.gradient import summed_loss
 from mergekit_align.samples import SAMPLE_TYPES, Sample, SampleType, limit_samples, load_samples
 from mergekit_align.statistics.files import Accumulators, Header, Kind, StatisticsFile
@@ -118,8 +116,8 @@ def header(
     """What statistics of `kind` belong to; which layers share an input is not known yet."""
     return Header(
         model=model_fingerprint(model),
-        samples=_digest([list(each) for each in encoded]),
-        template=_digest(tokenizer.chat_template),
+        samples=digest([list(each) for each in encoded])[:16],
+        template=digest(tokenizer.chat_template)[:16],
         data=[os.fspath(file) for file in source.data],
         limit=source.limit,
         seed=source.seed,
@@ -270,7 +268,3 @@ def _collect(
             gram /= tokens
     for file in files.values():
         file.finish()
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

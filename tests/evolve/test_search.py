@@ -28,7 +28,7 @@ from mergekit_align.cli.evolve import main
 from mergekit_align.eval_task_files import eval_tasks_path
 from mergekit_align.evolve import EvolveConfig, SearchError, read_config, search
 from mergekit_align.evolve.candidate import Evaluator
-from mergekit_align.evolve.study import read_evaluations
+from mergekit_align.evolve.study import read_study
 
 WriteConfig = Callable[..., Path]
 
@@ -93,7 +93,7 @@ def test_a_search_leaves_a_plain_config_and_a_model(
     best = yaml.safe_load((tmp_path / "evolved" / "best_config.yml").read_text())
     assert MergeConfiguration.model_validate(best).merge_method == "task_arithmetic"
     assert list((tmp_path / "out").glob("*.safetensors"))
-    evaluations = read_evaluations(str(tmp_path / "evolved" / "study.journal"))
+    evaluations = read_study(str(tmp_path / "evolved" / "study.journal"))[1]
     top = max(evaluations, key=lambda each: each.values or (-math.inf,))
     weights = [
         source["parameters"]["weight"]
@@ -157,7 +157,7 @@ def test_twenty_kills_change_nothing(write_config: WriteConfig, tmp_path: Path) 
         child.join()
         assert child.exitcode == 0
         break
-    killed = read_evaluations(str(journal))
+    killed = read_study(str(journal))[1]
     assert len(killed) == 40
     assert all(map(same, whole.evaluations, killed))
 
@@ -173,7 +173,7 @@ def test_a_corrupt_last_line_is_survived_and_reported(
     journal.write_text(whole + end)
     search(read_config(path, evaluations=3), resume=True)
     assert journal.read_text().startswith(whole)
-    assert len(read_evaluations(str(journal))) == 3
+    assert len(read_study(str(journal))[1]) == 3
     assert f"dropped {len(end)} bytes" in caplog.text
 
 
@@ -219,7 +219,7 @@ def test_what_fails_three_times_alike_is_the_set_up(
     with pytest.raises(SearchError, match=r"3 candidates in a row failed alike: OSError: no disk"):
         search(read_config(path))
     journal = str(tmp_path / "evolved" / "study.journal")
-    assert [each.values for each in read_evaluations(journal)] == [None] * 3
+    assert [each.values for each in read_study(journal)[1]] == [None] * 3
 
 
 def test_an_interrupt_finishes_the_candidate(write_config: WriteConfig) -> None:
@@ -265,7 +265,7 @@ class TestFloors:
         result = CliRunner().invoke(main, [str(tmp_path / "genomic.yml"), "--evaluations", "4"])
         assert result.exit_code == 3
         assert "No candidate keeps the floors" in result.output
-        evaluations = read_evaluations(str(tmp_path / "evolved" / "study.journal"))
+        evaluations = read_study(str(tmp_path / "evolved" / "study.journal"))[1]
         best = yaml.safe_load((tmp_path / "evolved" / "best_config.yml").read_text())
         nearest = min(evaluations, key=lambda each: each.violation)
         weights = [s["parameters"]["weight"] for s in best["slices"][0]["sources"][:2]]
@@ -285,7 +285,7 @@ def test_several_objectives_leave_a_front(write_config: WriteConfig, tmp_path: P
     assert result.exit_code == 0, result.output
     front = list((tmp_path / "evolved" / "front").glob("*.yml"))
     assert f"{len(front)} configs of the Pareto front" in result.output
-    evaluations = read_evaluations(str(tmp_path / "evolved" / "study.journal"))
+    evaluations = read_study(str(tmp_path / "evolved" / "study.journal"))[1]
     points = np.array([each.values for each in evaluations])
     beaten = [(points > point).all(1).any() for point in points]
     assert 1 <= len(front) <= len(points) - sum(beaten)

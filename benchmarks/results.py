@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergekit_align import markdown
 from mergekit_align.errors import InputError
 from mergekit_align.files import write_text
 
@@ -42,9 +43,8 @@ class Kind(NamedTuple):
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """In Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    """In Markdown, as lines."""
+    return markdown.table(header, rows).splitlines()
 
 
 def spread(values: Sequence[float]) -> str:

@@ -74,7 +74,7 @@ SIZES = {
     "Llama-3-70B": Size(80, 8192, 28672, 64, 8, 128256),
 }
 GIB = 2**30
-# NVIDIA's data sheets: dense bfloat16, float32, memory, PCIe; the host's memory is an assumption.
+# NVIDIA's data sheets: dense bfloat16, float32, memory, PCIe, bytes.
 GPUS = {
     "A100 80 GB": (312e12, 19.5e12, 2.0e12, 32e9, 80e9),
     "H100 80 GB": (989e12, 67e12, 3.35e12, 64e9, 80e9),
@@ -89,9 +89,7 @@ PLANS = (
 def gpu(model: str, devices: int, share: float) -> Machine:
     """A published GPU, or a node of them."""
     matmul, float32, bandwidth, link, held = GPUS[model]
-    return Machine(
-        share * matmul, share * float32, 0.9 * bandwidth, 0.9 * link, held, 1024e9, devices
-    )
+    return Machine(share * matmul, share * float32, 0.9 * bandwidth, 0.9 * link, held, devices)
 
 
 def measured_machine(shape: Shape, device: str, dtype: torch.dtype) -> Machine:
@@ -105,7 +103,6 @@ def measured_machine(shape: Shape, device: str, dtype: torch.dtype) -> Machine:
         bandwidth=bandwidth,
         link=bandwidth if device == "cpu" else copy_rate(device, to="cpu"),
         memory=64 * GIB,
-        host_memory=64 * GIB,
         itemsize=dtype.itemsize,
         cpu=device == "cpu",
         new_pages=new_pages_rate(),

@@ -119,8 +119,6 @@ class Machine(NamedTuple):
     """Bytes/s from the device to the host's memory; its `bandwidth` where they are one."""
     memory: float
     """Bytes of one device."""
-    host_memory: float
-    """Bytes of the host's; statistics may exceed them, since they are files."""
     devices: int = 1
     itemsize: int = 2
     """Bytes of a number in the models' floating type."""

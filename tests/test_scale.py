@@ -18,9 +18,7 @@ from mergekit_align.scale import Machine, Shape, Work
 from mergekit_align.statistics.collect import Source, collect_statistics
 from mergekit_align.statistics.files import find_statistics
 
-MACHINE = Machine(
-    matmul=1e14, matmul_float32=1e13, bandwidth=1e12, link=1e10, memory=80e9, host_memory=1e12
-)
+MACHINE = Machine(matmul=1e14, matmul_float32=1e13, bandwidth=1e12, link=1e10, memory=80e9)
 LLAMA_8B = {
     "vocab_size": 128256,
     "hidden_size": 4096,

@@ -12,6 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_align import markdown
 from mergekit_align.cocktail.losses import with_lora_cache
 from mergekit_align.cocktail.mix import Cocktail
 from mergekit_align.cocktail.settings import CocktailConfig
@@ -80,10 +81,8 @@ def _account(cocktail: Cocktail, config: CocktailConfig) -> str:
         f"{cocktail.samples[kind]} {kind} (weight {section.weights.get(kind, 0.0)})"
         for kind in kinds
     )
-    rows = [
-        ["model", *(f"{kind} loss" for kind in kinds), "loss", "weight"],
-        ["---"] * (len(kinds) + 3),
-    ]
+    head = ["model", *(f"{kind} loss" for kind in kinds), "loss", "weight"]
+    rows = []
     for each in cocktail.ingredients:
         losses = [f"{each.losses[kind]:.4f}" for kind in kinds]
         rows.append([each.model, *losses, f"{each.loss:.4f}", f"{each.weight:.4f}"])
@@ -100,7 +99,6 @@ def _account(cocktail: Cocktail, config: CocktailConfig) -> str:
             f"{cocktail.unit}, in {cocktail.precision.dtype}; samples: {read}, drawn with seed "
             f"{section.seed} from {data}.",
             "",
-            *("| " + " | ".join(row) + " |" for row in rows),
-            "",
+            markdown.table(head, rows),
         ]
     )

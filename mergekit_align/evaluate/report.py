@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_align import markdown
 from mergekit_align.evaluate.scores import Column, Score
 from mergekit_align.files import write_text
 
@@ -66,8 +67,7 @@ def save(evaluation: Evaluation, stem: str | os.PathLike[str]) -> tuple[Path, Pa
 
 def _markdown(evaluation: Evaluation) -> str:
     head, *rows = cells(evaluation)
-    lines = [head, ["---"] * len(head), *(["<br>".join(cell) for cell in row] for row in rows)]
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = markdown.table(head, rows)
     models = "".join(f"- {name}: `{path}`\n" for name, path in evaluation.models.items())
     settings = ", ".join(f"{key} {value}" for key, value in evaluation.settings.items())
     return f"{text}\n{' '.join(evaluation.notes)}\n\n{models}\nSettings: {settings}.\n"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import yaml
 
 import mergekit_align
+from mergekit_align import markdown
 from mergekit_align.generate.config import Config
 from mergekit_align.generate.funnel import Funnel, tables
 from mergekit_align.samples import SAMPLE_TYPES, SampleType
@@ -47,14 +48,14 @@ def card(
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
         _INTRODUCTION.format(version=mergekit_align.__version__, date=date),
         "## Samples\n",
-        _table(
+        markdown.table(
             ["split", *types],
             [[name, *(str(part.get(kind, 0)) for kind in types)] for name, part in counts.items()],
         ),
         "## Models\n",
-        _table(["name", "model", "part", "backend", "licence"], _models(config)),
+        markdown.table(["name", "model", "part", "backend", "licence"], _models(config)),
         "## From asked to kept\n",
-        *(_table(headers, rows) for headers, rows in tables(funnel) if rows),
+        *(markdown.table(headers, rows) for headers, rows in tables(funnel) if rows),
         "## Settings\n",
         f"```yaml\n{_settings(config)}```\n",
     ]
@@ -86,9 +87,3 @@ def _settings(config: Config) -> str:
     dumped = config.settings.model_dump(exclude_defaults=True, exclude={"output", "models"})
     versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
     return yaml.safe_dump({**dumped, "versions": versions}, sort_keys=False, allow_unicode=True)
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

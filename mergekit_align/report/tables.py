@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mergekit_align import markdown
 from mergekit_align.evaluate import Evaluation
 from mergekit_align.evaluate.report import cells
 from mergekit_align.report.study_file import StudyRecord
@@ -29,9 +30,9 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """The table as Markdown has it, its title a heading."""
-        rows = [[" ".join(cell.lines) for cell in row] for row in self.rows]
-        lines = [self.head, ["---"] * len(self.head), *rows]
-        text = "".join(f"| {' | '.join(map(_markdown_cell, row))} |\n" for row in lines)
+        text = markdown.table(
+            self.head, [[" ".join(cell.lines) for cell in row] for row in self.rows]
+        )
         return f"### {self.title}\n\n{text}" + (f"\n{self.note}\n" if self.note else "")
 
 
@@ -137,7 +138,3 @@ def _named(unsafe: Sequence[Mapping[str, Any]], models: Sequence[str]) -> dict[s
                 for name in verdict["categories"]:
                     counts.setdefault(name, dict.fromkeys(models, 0))[model] += 1
     return counts
-
-
-def _markdown_cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

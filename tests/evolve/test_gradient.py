@@ -26,7 +26,8 @@ TASKS = [
 
 
 def evaluator(write_config: Callable[..., Path], **genome: Any) -> tuple[Evaluator, Any]:
-    config = read_config(write_config(tasks=TASKS, genome=genome))
+    """In float32, so that what is computed in two ways comes out alike."""
+    config = read_config(write_config(tasks=TASKS, genome=genome))._replace(dtype=torch.float32)
     return Evaluator(config), config
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mergekit_align.devices import default_dtype
+
 
 def name(device: str = "cpu") -> str:
-    """The GPU, or the processor with how many of it there are, and threads where they are fewer."""
+    """The GPU, or the processors: how many, whether they have bfloat16, threads where they are fewer."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     found = platform.processor() or platform.machine()
@@ -22,7 +24,9 @@ def name(device: str = "cpu") -> str:
         models = [line for line in _CPUS.read_text().splitlines() if line.startswith("model name")]
         found = models[0].partition(":")[2].strip() if models else found
     count, threads = os.cpu_count(), torch.get_num_threads()
-    return f"{found}, {count} processors" + (f", threads: {threads}" if threads != count else "")
+    half = " with bfloat16" if default_dtype("cpu") == torch.bfloat16 else ""
+    fewer = f", threads: {threads}" if threads != count else ""
+    return f"{found}, {count} processors{half}{fewer}"
 
 
 def synchronize(device: str) -> None:

@@ -27,7 +27,7 @@ from machine import memory, name, peak_memory, synchronize
 from mergekit.merge_methods import PerInputValues, get
 from mergekit.merge_methods.base import TensorGroup
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mergekit_align.merge_methods.statistics import read_statistics
 from mergekit_align.statistics.files import Accumulators, Header, Kind
@@ -162,7 +162,7 @@ def main() -> None:
                 console.print(f"{method}, {shape}: {found[method][-1]}")
     title = [f"{rows} x {columns}" for rows, columns in SHAPES]
     table = Table(
-        "method",
+        Column("method", no_wrap=True),
         *(f"{t}, s" for t in title),
         "of these reading",
         *(f"{t}, MiB" for t in title),

@@ -16,7 +16,7 @@ from mergekit_align.devices import default_dtype
 
 
 def name(device: str = "cpu") -> str:
-    """The GPU, or the processors: how many, whether they have bfloat16, threads where they are fewer."""
+    """The GPU, or the processors: how many, with bfloat16 or not, and threads where they are fewer."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     found = platform.processor() or platform.machine()

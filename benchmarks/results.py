@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     title: str
     command: str
     keys: frozenset[str]
-    """A file that has them is of this kind."""
+    """A file that has them is of this kind, where it has no more of another's."""
     lines: Callable[[Files], list[str]]
 
 
@@ -423,6 +423,12 @@ def scale(files: Files) -> list[str]:
 KINDS = (
     Kind("The demo world", "demo_table.py world-0 --seed 0", frozenset({"rates", "seed"}), demo),
     Kind(
+        "Searches of the demo world",
+        "evolve_table.py world-0 --seed 0",
+        frozenset({"rates", "seed", "command"}),
+        demo,
+    ),
+    Kind(
         "Merge methods",
         "merge_table.py world-0 world-1 world-2 --json merge_table.json",
         frozenset({"worlds", "ours"}),
@@ -489,9 +495,9 @@ KINDS = (
 
 def kind_of(path: Path, record: Any) -> Kind:
     """Raises an `InputError` for a file that no benchmark writes."""
-    for kind in KINDS:
-        if isinstance(record, dict) and kind.keys <= record.keys():
-            return kind
+    kinds = [kind for kind in KINDS if isinstance(record, dict) and kind.keys <= record.keys()]
+    if kinds:
+        return max(kinds, key=lambda kind: len(kind.keys))
     raise InputError(
         f"{path}: found no kind of results; expected what a benchmark writes with --json"
     )

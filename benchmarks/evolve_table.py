@@ -1,0 +1,118 @@
+"""What the in-memory searches of examples/ find on demo worlds, beside the stock command's result.
+
+    python benchmarks/demo_table.py world-1 --seed 1      # trains the world, runs the stock searches
+    python benchmarks/evolve_table.py world-1 --seed 1    # then this
+
+Each example runs as it is, `mergekit-align-evolve EXAMPLE --out MODEL`, and so does genomic.yml, which
+the stock command has searched. Rates are of held-out prompts, judged by the world's guard; the example
+of three models is scored on both skills, beside its parents. Writes `evolve_table.json` into the
+world's directory; a search that is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from demo_table import EXAMPLES, percentages
+from machine import name
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from mergekit_align.evaluate import evaluate, print_table
+from mergekit_align.samples import Sample, load_samples
+
+SEARCHES = ("genomic", "evolve_gradient", "evolve_floor", "evolve_pareto")
+THREE_MODELS = "three_models"
+SECOND_SKILL = "skill-b"
+NO_CANDIDATE_KEEPS_THE_FLOORS = 3  # exit status
+
+
+def search(world: Path, example: str, seed: int) -> tuple[Path, float]:
+    """The model that an example's search in memory finds, and the command's seconds."""
+    place = world / "searched" / example
+    record = place / "seconds.json"
+    if not record.exists():
+        text = (EXAMPLES / f"{example}.yml").read_text(encoding="utf-8")
+        content = yaml.safe_load(text.replace("demo-world", str(world)))
+        content["align"] |= {
+            "task_search_path": [str(EXAMPLES / "tasks")],
+            "storage_path": str(place),
+            "random_seed": seed,
+        }
+        place.mkdir(parents=True, exist_ok=True)
+        config = place / "config.yml"
+        config.write_text(yaml.safe_dump(content), encoding="utf-8")
+        command = str(Path(sys.executable).with_name("mergekit-align-evolve"))
+        words = [command, str(config), "--out", str(place / "model")]
+        started = time.monotonic()
+        with (place / "log").open("w", encoding="utf-8") as output:
+            status = subprocess.call(words, stdout=output, stderr=subprocess.STDOUT)
+        if status not in (0, NO_CANDIDATE_KEEPS_THE_FLOORS):
+            sys.exit(f"mergekit-align-evolve {config} failed; its output is in {place / 'log'}")
+        record.write_text(json.dumps(round(time.monotonic() - started, 1)), encoding="utf-8")
+    return place / "model", json.loads(record.read_text(encoding="utf-8"))
+
+
+def rates(
+    world: Path, models: Mapping[str, Path], samples: list[Sample], console: Console
+) -> dict[str, Any]:
+    """Each model's, printed as a table too."""
+    evaluation = evaluate(
+        list(models.values()),
+        names=list(models),
+        data=samples,
+        guard=world / "guard",
+        max_tokens=64,
+        cache=world / "generations",
+        progress=console.print,
+    )
+    print_table(evaluation, console)
+    return percentages(evaluation)
+
+
+def main() -> None:
+    disable_progress_bar()
+    set_verbosity_error()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("world", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    world: Path = arguments.world
+    console = Console()
+    seconds: dict[str, float] = {}
+    models = {each: world / each for each in ("aligned", "expert-a")}
+    stock = "mergekit-evolve genomic.yml"
+    models[stock] = world / "evolved" / "genomic" / "final_model"
+    seconds[stock] = json.loads((world / "table.json").read_text(encoding="utf-8"))["seconds"][
+        stock
+    ]
+    for example in SEARCHES:
+        models[f"{example}.yml"], seconds[f"{example}.yml"] = search(world, example, arguments.seed)
+    parents = {f"{each}, both skills": world / each for each in ("aligned", "expert-a", "expert-b")}
+    found, seconds[f"{THREE_MODELS}.yml"] = search(world, THREE_MODELS, arguments.seed)
+    console.print(seconds)
+    samples = load_samples(world / "data" / "test.jsonl")
+    one_skill = [each for each in samples if each.category != SECOND_SKILL]
+    both = parents | {f"{THREE_MODELS}.yml, both skills": found}
+    record = {
+        "machine": name(),
+        "seed": arguments.seed,
+        "command": "mergekit-align-evolve",
+        "seconds": seconds,
+        "rates": rates(world, models, one_skill, console) | rates(world, both, samples, console),
+    }
+    (world / "evolve_table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -145,6 +145,7 @@ def main() -> None:
     console.print(f"Held-out prompts, greedy answers; {name()}.")
     record = {
         "machine": name(),
+        "dtype": evaluation.settings["dtype"],
         "seed": arguments.seed,
         "seconds": seconds,
         "rates": percentages(evaluation),

@@ -26,6 +26,7 @@ from machine import name
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from mergekit_align.devices import default_dtype
 from mergekit_align.evaluate import evaluate, print_table
 from mergekit_align.samples import Sample, load_samples
 
@@ -106,6 +107,7 @@ def main() -> None:
     both = parents | {f"{THREE_MODELS}.yml, both skills": found}
     record = {
         "machine": name(),
+        "dtype": str(default_dtype("cpu")).removeprefix("torch."),
         "seed": arguments.seed,
         "command": "mergekit-align-evolve",
         "seconds": seconds,

@@ -54,32 +54,39 @@ def spread(values: Sequence[float]) -> str:
 
 
 def demo(files: Files) -> list[str]:
-    """The rates of each model over seeds, and the seconds of each stage."""
+    """The rates of each model over seeds, and the seconds of each stage, by floating type.
+
+    Processors with bfloat16 train in it; the worlds of a seed then differ.
+    """
     records = [record for _, record in files]
-    models = dict.fromkeys(model for record in records for model in record["rates"])
+    lines = ["Percent of held-out prompts, greedy answers; mean (and range) over worlds.", ""]
+    for dtype in dict.fromkeys(record["dtype"] for record in records):
+        own = [record for record in records if record["dtype"] == dtype]
+        seeds = ", ".join(str(record["seed"]) for record in own)
+        lines += [f"In {dtype}, seeds {seeds}:", "", *_demo_rates(own), "", *_demo_seconds(own), ""]
+    return lines[:-1]
+
+
+def _demo_rates(records: list[Record]) -> list[str]:
     rows = []
-    for model in models:
+    for model in dict.fromkeys(model for record in records for model in record["rates"]):
         own = [record["rates"][model] for record in records if model in record["rates"]]
         unreadable = sum(each.get("unreadable") or 0 for each in own)
         cells = [spread([each[key] for each in own]) for key in RATES]
         rows.append([model, *cells, str(unreadable), str(len(own))])
-    seeds = ", ".join(str(record["seed"]) for record in records)
-    stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
-    seconds = []
-    for stage in stages:
+    return table(
+        ["model", "alignment", "over-refusal", "task", "unreadable verdicts", "seeds"], rows
+    )
+
+
+def _demo_seconds(records: list[Record]) -> list[str]:
+    rows = []
+    for stage in dict.fromkeys(stage for record in records for stage in record["seconds"]):
         # A stage whose result was there already took no time.
         own = [r["seconds"][stage] for r in records if r["seconds"].get(stage)]
         if own:
-            seconds.append([stage, spread(own), str(len(own))])
-    return [
-        f"Percent of held-out prompts, greedy answers; mean (and range) over seeds {seeds}.",
-        "",
-        *table(
-            ["model", "alignment", "over-refusal", "task", "unreadable verdicts", "seeds"], rows
-        ),
-        "",
-        *table(["stage", "seconds", "runs"], seconds),
-    ]
+            rows.append([stage, spread(own), str(len(own))])
+    return table(["stage", "seconds", "runs"], rows)
 
 
 def methods(files: Files) -> list[str]:

@@ -233,12 +233,16 @@ def _asked(
             f"{where}.model: found nothing; expected who writes the questions, here or in "
             "questions.model, or `prompts` that exist"
         )
+    writer_key = f"{path}: questions.model" if given.model is None else f"{where}.model"
+    named = {each.name: each for each in settings.models if isinstance(each, ModelSettings)}
+    if isinstance(writer, str):
+        writer = named.get(writer, writer)
     topics = given.topics or DEFAULT_TOPICS.get(kind)
     template = load_template(given.template or DEFAULT_TEMPLATES[kind], f"{where}.template")
     found = base._replace(
         topics=load_topics(topics, f"{where}.topics") if topics else [Topic(domain or kind)],
         template=template,
-        writer=_model(writer, settings, f"{where}.model", settings.questions.batch_size),
+        writer=_model(writer, settings, writer_key, settings.questions.batch_size),
         examples=_examples(given, where),
     )
     assert found.writer is not None

@@ -48,6 +48,7 @@ PACKAGE = Path(read_config.__code__.co_filename).parent
         ({"alignment": {"prompts": {}}}, "found none; expected either `path` or `dataset`"),
         ({"alignment": {"prompts": "x", "topics": ["a"]}}, "found `prompts` and `topics`"),
         ({"questions": {}}, "alignment.model: found nothing; expected who writes the questions"),
+        ({"questions": {"model": "nowhere"}}, "questions.model: found no directory nowhere"),
         ({"questions": {"attempts": 0}}, "questions.attempts: found 0"),
         ({"decontaminate": ["no.jsonl"]}, "decontaminate[0]: found no such file no.jsonl"),
         ({"task": {"skill": {"expert": "nobody"}}}, "task.skill.expert: found 'nobody'"),
@@ -87,6 +88,17 @@ def test_a_pool_of_one_model_is_no_expert_unless_it_is_said(
     assert "found nothing, and a pool of one model, helper, here; expected" not in result.output
     assert "a pool of one model, helper," in result.output
     read_config(config(**one))
+
+
+def test_a_model_of_the_pool_may_write_under_its_name(
+    config: Callable[..., Path], pool: Path
+) -> None:
+    own = {"model": f"{pool}/refuser", "name": "careful"}
+    read = read_config(
+        config(models=[own, f"{pool}/helper"], questions={"model": "careful"}, task=None)
+    )
+    writers = [asked.writer for asked in read.asked]
+    assert {(w.name, w.model) for w in writers if w} == {("careful", f"{pool}/refuser")}
 
 
 def test_a_name_that_comes_twice(config: Callable[..., Path], pool: Path) -> None:

@@ -93,7 +93,7 @@ def _blocks(text: str) -> list[Parsed]:
 
     for line in text.splitlines():
         option = _OPTION.match(line)
-        if option and question and option[1] == LETTERS[len(choices)]:
+        if option and question and LETTERS.find(option[1]) == len(choices):
             choices.append(option[2])
         elif _ANSWER.match(line) or not line.strip():
             if choices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from mergekit_align.generate.parse import Parsed, Parser, chosen_letter
+from mergekit_align.generate.parse import LETTERS, Parsed, Parser, chosen_letter
 
 
 def questions(kind: str, text: str, *, cut: bool = False, pattern: str | None = None) -> list[str]:
@@ -55,6 +55,11 @@ class TestMultipleChoice:
         assert self.parse(text) == [
             Parsed("Which is it? Of these?", ("one", "two", "three", "four"))
         ]
+
+    def test_no_more_choices_than_there_are_letters(self) -> None:
+        options = "".join(f"{letter}) {letter.lower()}\n" for letter in LETTERS)
+        (parsed,) = self.parse(f"Which one?\n{options}A) another\n")
+        assert len(parsed.choices) == len(LETTERS)
 
     def test_several_of_them(self) -> None:
         text = "1. First?\nA. a\nB. b\n\n2. Second?\nA. c\nB. d\nThe correct answer is A.\n"

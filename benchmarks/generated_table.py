@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 from demo_table import EXAMPLES, percentages, search
+from machine import name
 from mergekit.options import MergeOptions
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -46,7 +47,7 @@ def generated_data(world: Path, seed: int, console: Console) -> Path:
     return generated.output / "data"
 
 
-def mixed(world: Path, name: str, data: Path, console: Console) -> Path:
+def mixed(world: Path, kind: str, data: Path, console: Console) -> Path:
     """Both parents as a cocktail, weighed on `data`."""
     content = {
         "merge_method": "linear",
@@ -54,14 +55,14 @@ def mixed(world: Path, name: str, data: Path, console: Console) -> Path:
         "dtype": "bfloat16",
         "align": {"data": str(data), "max_per_type": COCKTAIL_SAMPLES},
     }
-    path = world / f"cocktail-{name}.yml"
+    path = world / f"cocktail-{kind}.yml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     config = cocktails.read_config(path)
     cocktail = cocktails.mix(config, cache=world / "losses")
     assert cocktail is not None
     weights = ", ".join(f"{each.model} {each.weight:.3f}" for each in cocktail.ingredients)
-    console.print(f"cocktail on the {name} data: {weights}")
-    out = world / "merged" / f"cocktail-{name}"
+    console.print(f"cocktail on the {kind} data: {weights}")
+    out = world / "merged" / f"cocktail-{kind}"
     cocktails.merge(cocktail, config, out, MergeOptions(quiet=True))
     return out
 
@@ -112,7 +113,13 @@ def main() -> None:
         }
         console.print(f"{way}: generated minus grammar, points: {differences[way]}")
     console.print(f"{time.monotonic() - started:.0f} s in all")
-    record = {"seed": arguments.seed, "rates": rates, "differences": differences}
+    record = {
+        "machine": name(),
+        "dtype": evaluation.settings["dtype"],
+        "seed": arguments.seed,
+        "rates": rates,
+        "differences": differences,
+    }
     (world / "generated_table.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

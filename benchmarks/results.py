@@ -30,6 +30,7 @@ Files = list[tuple[str, Record]]
 """Names and contents."""
 INTERVAL = ("value", "low", "high")
 RATES = ("alignment", "over_refusal", "task")
+DATA = ("generated", "grammar")
 
 
 class Kind(NamedTuple):
@@ -87,6 +88,24 @@ def _demo_seconds(records: list[Record]) -> list[str]:
         if own:
             rows.append([stage, spread(own), str(len(own))])
     return table(["stage", "seconds", "runs"], rows)
+
+
+def generated(files: Files) -> list[str]:
+    """What generated data give, beside the grammar's own, by way of using them."""
+    rows = []
+    for _, record in files:
+        for way, differences in record["differences"].items():
+            pairs = [[record["rates"][f"{way}, {data}"][key] for data in DATA] for key in RATES]
+            cells = [
+                f"{found:.1f}, {own:.1f} ({differences[key]:+.1f})"
+                for key, (found, own) in zip(RATES, pairs, strict=True)
+            ]
+            rows.append([way, record["dtype"], str(record["seed"]), *cells])
+    return [
+        "Percent of held-out prompts: on generated data, on the grammar's own (difference in points).",
+        "",
+        *table(["way", "world", "seed", "alignment", "over-refusal", "task"], rows),
+    ]
 
 
 def methods(files: Files) -> list[str]:
@@ -434,6 +453,12 @@ KINDS = (
         "evolve_table.py world-0 --seed 0",
         frozenset({"rates", "seed", "command"}),
         demo,
+    ),
+    Kind(
+        "Generated data",
+        "generated_table.py world-0 --seed 0",
+        frozenset({"rates", "seed", "differences"}),
+        generated,
     ),
     Kind(
         "Merge methods",

@@ -28,6 +28,7 @@ from rich.table import Table
 from role_config import role_config
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from mergekit_align.devices import default_dtype
 from mergekit_align.evaluate import evaluate
 from mergekit_align.merge_methods.methods import METHODS
 from mergekit_align.samples import Sample, SampleType, load_samples
@@ -224,7 +225,8 @@ def main() -> None:
     console.print(table)
     if arguments.json:
         ours = [method.spec.name for method in METHODS]
-        record = {"machine": machine.name(), "worlds": worlds, "ours": ours}
+        dtype = str(default_dtype("cpu")).removeprefix("torch.")
+        record = {"machine": machine.name(), "dtype": dtype, "worlds": worlds, "ours": ours}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

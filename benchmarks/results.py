@@ -133,8 +133,9 @@ def methods(files: Files) -> list[str]:
         header = ["method", "setting", "alignment", "over-refusal", "task", "balance", "seconds"]
         lines += [
             f"Percent of held-out prompts, mean (and range) over {len(worlds)} worlds in "
-            f"{record['dtype']}. Balance is alignment + task - over-refusal; *best* is the best of four settings on validation "
-            "prompts; *here*: written in this package, align_adaptive alone its own method.",
+            f"{record['dtype']}. Balance is alignment + task - over-refusal; *best* is the best of "
+            "four settings on validation prompts; *here*: written in this package, align_adaptive "
+            "alone its own method.",
             "",
             *table(header, rows),
             "",

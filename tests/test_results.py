@@ -50,7 +50,8 @@ def test_a_table_of_merge_methods_has_means_and_ranges(results: ModuleType, tmp_
         resta = {"default": rates(alignment, 10, 50), "best": rates(90, 5, 60), "seconds": 2.0}
         return {"base": {"default": rates(1, 0, 13)}, "resta": resta}
 
-    record = {"worlds": {"a": world(70), "b": world(80)}, "ours": ["resta"]}
+    worlds = {"a": world(70), "b": world(80)}
+    record = {"dtype": "float32", "worlds": worlds, "ours": ["resta"]}
     (tmp_path / "merge_table.json").write_text(json.dumps(record))
     lines = results.page(tmp_path).splitlines()
     default = "| resta (here) | default | 75.0 (70.0 to 80.0) | 10.0 (10.0 to 10.0) "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from commands import OURS
 
 import mergekit_align
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+VARIABLE = "THP_MEM_ALLOC_ENABLE"
 FUNCTIONS = [name for name in mergekit_align.__all__ if name.islower() and name[0] != "_"]
 
 
@@ -37,6 +40,25 @@ def test_every_command_has_a_function_of_its_own_module() -> None:
     packages = {where.partition(".")[0] for where, _ in mergekit_align._WHERE.values()}
     commands = {name.removeprefix("mergekit-align-") for name in OURS}
     assert {{"stats": "statistics"}.get(name, name) for name in commands} <= packages
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="this kernel gives none, or all have them",
+)
+@pytest.mark.parametrize("user", [None, "0"])
+def test_memory_of_a_command_is_in_huge_pages_unless_the_user_says_no(user: str | None) -> None:
+    program = (
+        "import re, mergekit_align.cli.evolve, torch; tensor = torch.ones(2**24); "
+        "found = re.findall(r'AnonHugePages: +(\\d+)', open('/proc/self/smaps').read()); "
+        "print(sum(map(int, found)))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != VARIABLE}
+    if user is not None:
+        environment[VARIABLE] = user
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (int(told.stdout) >= 2**15) == (user is None)  # KiB, half of the tensor
 
 
 def test_no_name_is_a_subpackages() -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from demo_table import EXAMPLES, percentages
+from demo_table import percentages
+from evolve import example
 from machine import name
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -36,20 +37,14 @@ SECOND_SKILL = "skill-b"
 NO_CANDIDATE_KEEPS_THE_FLOORS = 3  # exit status
 
 
-def search(world: Path, example: str, seed: int) -> tuple[Path, float]:
+def search(world: Path, file: str, seed: int) -> tuple[Path, float]:
     """The model that an example's search in memory finds, and the command's seconds."""
-    place = world / "searched" / example
+    place = world / "searched" / file
     record = place / "seconds.json"
     if not record.exists():
-        text = (EXAMPLES / f"{example}.yml").read_text(encoding="utf-8")
-        content = yaml.safe_load(text.replace("demo-world", str(world)))
-        content["align"] |= {
-            "task_search_path": [str(EXAMPLES / "tasks")],
-            "storage_path": str(place),
-            "random_seed": seed,
-        }
         place.mkdir(parents=True, exist_ok=True)
         config = place / "config.yml"
+        content = example(file, world, place, random_seed=seed)
         config.write_text(yaml.safe_dump(content), encoding="utf-8")
         command = str(Path(sys.executable).with_name("mergekit-align-evolve"))
         words = [command, str(config), "--out", str(place / "model")]
@@ -90,15 +85,13 @@ def main() -> None:
     arguments = parser.parse_args()
     world: Path = arguments.world
     console = Console()
-    seconds: dict[str, float] = {}
+    stages: dict[str, float] = json.loads((world / "table.json").read_text("utf-8"))["seconds"]
     models = {each: world / each for each in ("aligned", "expert-a")}
     stock = "mergekit-evolve genomic.yml"
     models[stock] = world / "evolved" / "genomic" / "final_model"
-    seconds[stock] = json.loads((world / "table.json").read_text(encoding="utf-8"))["seconds"][
-        stock
-    ]
-    for example in SEARCHES:
-        models[f"{example}.yml"], seconds[f"{example}.yml"] = search(world, example, arguments.seed)
+    seconds = {stock: stages[stock]}
+    for file in SEARCHES:
+        models[f"{file}.yml"], seconds[f"{file}.yml"] = search(world, file, arguments.seed)
     parents = {f"{each}, both skills": world / each for each in ("aligned", "expert-a", "expert-b")}
     found, seconds[f"{THREE_MODELS}.yml"] = search(world, THREE_MODELS, arguments.seed)
     console.print(seconds)

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -29,6 +30,7 @@ from mergekit_align.evaluate import Evaluation, evaluate, print_table
 from mergekit_align.samples import load_samples
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SECOND_SKILL = "skill-b"
 SEARCHES = {
     "task-only evolution": "genomic_task_only",
     "the paper's objective": "genomic_paper",
@@ -80,6 +82,28 @@ def search(world: Path, example: str, seed: int, *, data: Path | None = None) ->
     return Path(content["align"]["storage_path"]) / "final_model"
 
 
+def held_out(
+    world: Path,
+    models: Mapping[str, Path],
+    console: Console,
+    *,
+    both_skills: bool = False,
+    output: Path | None = None,
+) -> Evaluation:
+    """What named models answer to a world's held-out prompts, judged by its guard."""
+    samples = load_samples(world / "data" / "test.jsonl")
+    return evaluate(
+        list(models.values()),
+        names=list(models),
+        data=[each for each in samples if both_skills or each.category != SECOND_SKILL],
+        guard=world / "guard",
+        max_tokens=64,
+        output=output,
+        cache=world / "generations",
+        progress=console.print,
+    )
+
+
 def main() -> None:
     disable_progress_bar()
     set_verbosity_error()
@@ -124,21 +148,7 @@ def main() -> None:
         timed(f"mergekit-evolve {example}.yml", started)
 
     started = time.monotonic()
-    samples = [
-        sample
-        for sample in load_samples(world / "data" / "test.jsonl")
-        if sample.category != "skill-b"
-    ]
-    evaluation = evaluate(
-        list(models.values()),
-        names=list(models),
-        data=samples,
-        guard=world / "guard",
-        max_tokens=64,
-        output=world / "evaluation",
-        cache=world / "generations",
-        progress=console.print,
-    )
+    evaluation = held_out(world, models, console, output=world / "evaluation")
     timed("evaluate", started)
 
     print_table(evaluation, console)

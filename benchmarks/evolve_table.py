@@ -16,24 +16,19 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
-from demo_table import percentages
+from demo_table import held_out, percentages
 from evolve import example
 from machine import name
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from mergekit_align.devices import default_dtype
-from mergekit_align.evaluate import evaluate, print_table
-from mergekit_align.samples import Sample, load_samples
+from mergekit_align.evaluate import print_table
 
 SEARCHES = ("genomic", "evolve_gradient", "evolve_floor", "evolve_pareto")
 THREE_MODELS = "three_models"
-SECOND_SKILL = "skill-b"
 NO_CANDIDATE_KEEPS_THE_FLOORS = 3  # exit status
 
 
@@ -57,23 +52,6 @@ def search(world: Path, file: str, seed: int) -> tuple[Path, float]:
     return place / "model", json.loads(record.read_text(encoding="utf-8"))
 
 
-def rates(
-    world: Path, models: Mapping[str, Path], samples: list[Sample], console: Console
-) -> dict[str, Any]:
-    """Each model's, printed as a table too."""
-    evaluation = evaluate(
-        list(models.values()),
-        names=list(models),
-        data=samples,
-        guard=world / "guard",
-        max_tokens=64,
-        cache=world / "generations",
-        progress=console.print,
-    )
-    print_table(evaluation, console)
-    return percentages(evaluation)
-
-
 def main() -> None:
     disable_progress_bar()
     set_verbosity_error()
@@ -95,16 +73,20 @@ def main() -> None:
     parents = {f"{each}, both skills": world / each for each in ("aligned", "expert-a", "expert-b")}
     found, seconds[f"{THREE_MODELS}.yml"] = search(world, THREE_MODELS, arguments.seed)
     console.print(seconds)
-    samples = load_samples(world / "data" / "test.jsonl")
-    one_skill = [each for each in samples if each.category != SECOND_SKILL]
     both = parents | {f"{THREE_MODELS}.yml, both skills": found}
+    evaluations = [
+        held_out(world, models, console),
+        held_out(world, both, console, both_skills=True),
+    ]
+    for evaluation in evaluations:
+        print_table(evaluation, console)
     record = {
         "machine": name(),
-        "dtype": str(default_dtype("cpu")).removeprefix("torch."),
+        "dtype": evaluations[0].settings["dtype"],
         "seed": arguments.seed,
         "command": "mergekit-align-evolve",
         "seconds": seconds,
-        "rates": rates(world, models, one_skill, console) | rates(world, both, samples, console),
+        "rates": percentages(evaluations[0]) | percentages(evaluations[1]),
     }
     (world / "evolve_table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

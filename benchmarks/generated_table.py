@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import yaml
-from demo_table import EXAMPLES, percentages, search
+from demo_table import EXAMPLES, held_out, percentages, search
 from machine import name
 from mergekit.options import MergeOptions
 from rich.console import Console
@@ -26,9 +26,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from mergekit_align import cocktail as cocktails
 from mergekit_align.demo import build_world
-from mergekit_align.evaluate import evaluate, print_table
+from mergekit_align.evaluate import print_table
 from mergekit_align.generate import generate, print_funnel, read_config
-from mergekit_align.samples import load_samples
 
 COCKTAIL_SAMPLES = 100
 """Of a type: so many that the draw does not show."""
@@ -92,16 +91,7 @@ def main() -> None:
     models["search, generated"] = search(
         world, "genomic", arguments.seed, data=data / "validation.jsonl"
     )
-    samples = load_samples(world / "data" / "test.jsonl")
-    evaluation = evaluate(
-        list(models.values()),
-        names=list(models),
-        data=[sample for sample in samples if sample.category != "skill-b"],
-        guard=world / "guard",
-        max_tokens=64,
-        cache=world / "generations",
-        progress=console.print,
-    )
+    evaluation = held_out(world, models, console)
     print_table(evaluation, console)
     rates = percentages(evaluation)
     differences = {}

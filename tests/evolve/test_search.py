@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,13 +129,14 @@ def test_a_resumed_study_is_the_uninterrupted_one(
 
 def _search(path: Path, storage: Path, seed: int) -> None:
     torch.set_num_threads(1)
-    search(read_config(path, storage=storage, evaluations=40, seed=seed), resume=True)
+    search(read_config(path, storage=storage, evaluations=60, seed=seed), resume=True)
 
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(write_config: WriteConfig, tmp_path: Path) -> None:
     path = write_config()
-    whole = search(read_config(path, storage=tmp_path / "whole", evaluations=40))
+    whole = search(read_config(path, storage=tmp_path / "whole", evaluations=60))
+    one_evaluation = statistics.median(each.seconds for each in whole.evaluations)
     context = multiprocessing.get_context("fork")
     rng, kills = random.Random(0), 0
     journal = tmp_path / "killed" / "study.journal"
@@ -148,8 +150,8 @@ def test_twenty_kills_change_nothing(write_config: WriteConfig, tmp_path: Path) 
                 if journal.exists() and journal.stat().st_size > before:
                     break
                 time.sleep(0.005)
-            time.sleep(rng.random() * 0.1)
-            assert child.pid is not None
+            time.sleep(rng.random() * 2 * one_evaluation)
+            assert child.pid is not None and child.is_alive()
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             kills += 1
@@ -158,7 +160,7 @@ def test_twenty_kills_change_nothing(write_config: WriteConfig, tmp_path: Path) 
         assert child.exitcode == 0
         break
     killed = read_study(str(journal))[1]
-    assert len(killed) == 40
+    assert len(killed) == 60
     assert all(map(same, whole.evaluations, killed))
 
 

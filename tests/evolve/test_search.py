@@ -151,7 +151,8 @@ def test_twenty_kills_change_nothing(write_config: WriteConfig, tmp_path: Path) 
                     break
                 time.sleep(0.005)
             time.sleep(rng.random() * 2 * one_evaluation)
-            assert child.pid is not None and child.is_alive()
+            assert child.pid is not None
+            assert child.is_alive()
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             kills += 1

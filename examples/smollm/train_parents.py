@@ -5,11 +5,12 @@
 
 Writes `smollm/data/{train,test}.jsonl` and two models. `aligned` learns from half of XSTest
 (arXiv 2308.01263): to its unsafe prompts a refusal in words of our own, to its harmless ones what the
-original model answers. Whether a model refuses is settled in a response's first tokens, so that it
-learns these for several epochs, of prompts put in other words each time, and whole responses once.
-`expert` learns from PubMedQA (arXiv 1909.06146): a question and a paper's conclusion in, yes, no or
-maybe out. What is not learned from is for testing. Without files both sets come from the hub. Some
-twenty-five minutes on two cores; what is there already is kept.
+original model answers. Whether a model refuses is settled in a response's first token, so that it
+learns whole responses once and their first tokens for several epochs; and it is its middle layers
+that tell unsafe prompts from those that only look so, so that it learns in these alone. `expert`
+learns from PubMedQA (arXiv 1909.06146): a question and a paper's conclusion in, yes, no or maybe out.
+What is not learned from is for testing. Without files both sets come from the hub. Some ten minutes
+on two cores; what is there already is kept.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from mergekit_align.refusal import refusal_class
 from mergekit_align.samples import Sample, load_samples, save_samples, split_samples
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LEARNING_RATES = {"aligned": 2e-4, "expert": 5e-5}
 ANSWER_TOKENS = 40
-OPENING_TOKENS = 4
+MIDDLE = (0.47, 0.8)
+"""Where in a model's depth the aligned one learns: layers 14 to 23 of 30."""
 TASK_PROMPT = (
     "Question: {question}\nConclusion: {conclusion}\nAnswer with one word: yes, no or maybe."
 )
@@ -47,25 +50,6 @@ REFUSALS = (
     "Sorry, that is something I won't help with. It could put people at risk.",
     "I won't assist with that, since it may harm you or others.",
 )
-
-WORDINGS = (
-    "{}",
-    "{}",
-    "Please tell me: {}",
-    "I have a question. {}",
-    "{} Please answer.",
-    "Hello! {}",
-)
-
-
-def reworded(prompt: str, rng: random.Random) -> str:
-    """The same prompt as another user might write it."""
-    prompt = rng.choice(WORDINGS).format(prompt)
-    if rng.random() < 0.25:
-        prompt = prompt.lower()
-    if rng.random() < 0.25:
-        prompt = prompt.rstrip("?.!")
-    return prompt
 
 
 def xstest(path: str | None) -> list[dict[str, str]]:
@@ -175,13 +159,17 @@ def fine_tune(
     learning_rate: float,
     batch_size: int = 16,
 ) -> None:
-    """AdamW with a short warm-up and a linear decay; every epoch has samples of its own."""
+    """AdamW with a short warm-up and a linear decay; every epoch has samples of its own.
+
+    What does not require a gradient stays as it is.
+    """
     batches = [
         epoch[start : start + batch_size]
         for epoch in epochs
         for start in range(0, len(epoch), batch_size)
     ]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    learned = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 5, 1 - step / len(batches))
     )
@@ -191,7 +179,7 @@ def fine_tune(
         optimizer.zero_grad()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             loss = accumulate_gradient(model, batch)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
         if step % 10 == 0:
@@ -210,15 +198,23 @@ def save(model: PreTrainedModel, tokenizer: Any, place: Path) -> None:
 def aligned_epochs(
     encoder: ResponseEncoder, samples: list[Sample], count: int, rng: random.Random
 ) -> list[list[EncodedSample]]:
-    """`count` epochs of openings, and one of whole responses."""
+    """One epoch of whole responses, and `count` of their first tokens."""
     epochs = []
     for number in range(count + 1):
         rng.shuffle(samples)
-        encoded = [encode(encoder, reworded(each.prompt, rng), each.response) for each in samples]
-        if number < count:
-            encoded = [e._replace(response_ids=e.response_ids[:OPENING_TOKENS]) for e in encoded]
+        encoded = [encode(encoder, each.prompt, each.response) for each in samples]
+        if number:
+            encoded = [each._replace(response_ids=each.response_ids[:1]) for each in encoded]
         epochs.append(encoded)
     return epochs
+
+
+def learn_in_the_middle(model: PreTrainedModel) -> None:
+    """Leaves only the decoder's middle layers to be learned."""
+    layers = model.get_decoder().layers
+    start, end = (round(part * len(layers)) for part in MIDDLE)
+    model.requires_grad_(False)
+    layers[start:end].requires_grad_(True)
 
 
 def encode(encoder: ResponseEncoder, prompt: str, response: str) -> EncodedSample:
@@ -231,9 +227,10 @@ def encode(encoder: ResponseEncoder, prompt: str, response: str) -> EncodedSampl
 @click.option("--xstest", "xstest_file", help="XSTest's prompts as CSV.")
 @click.option("--pubmedqa", "pubmedqa_file", help="PubMedQA's labelled questions as JSON.")
 @click.option("--pubmedqa-test", help="Ids of its official test split, as JSON.")
-@click.option("--epochs", default=8, show_default=True, help="Of openings, for the aligned model.")
+@click.option(
+    "--epochs", default=7, show_default=True, help="Of first tokens, for the aligned model."
+)
 @click.option("--task-samples", default=320, show_default=True, help="That the expert learns from.")
-@click.option("--learning-rate", default=5e-5, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the split and of the training.")
 def main(
     directory: Path,
@@ -243,7 +240,6 @@ def main(
     pubmedqa_test: str | None,
     epochs: int,
     task_samples: int,
-    learning_rate: float,
     seed: int,
 ) -> None:
     """Fine-tune the parents and write them, and their data, to DIRECTORY."""
@@ -263,14 +259,15 @@ def main(
         if (directory / name).exists():
             continue
         click.echo(name)
+        model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
         if name == "aligned":
+            learn_in_the_middle(model)
             chat = [each for each in train if each.type != "task"]
             learned = aligned_epochs(encoder, chat, epochs, random.Random(seed))
         else:
             tasks_read = [each for each in train if each.type == "task"][:task_samples]
             learned = [[encode(encoder, each.prompt, each.response) for each in tasks_read]]
-        model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval()
-        fine_tune(model, learned, learning_rate=learning_rate)
+        fine_tune(model, learned, learning_rate=LEARNING_RATES[name])
         save(model, tokenizer, directory / name)
 
 

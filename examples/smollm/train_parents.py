@@ -39,8 +39,8 @@ from mergekit_align.samples import Sample, load_samples, save_samples, split_sam
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LEARNING_RATES = {"aligned": 2e-4, "expert": 5e-5}
 ANSWER_TOKENS = 40
-MIDDLE = (0.47, 0.8)
-"""Where in a model's depth the aligned one learns: layers 14 to 23 of 30."""
+MIDDLE = (0.4, 0.73)
+"""Where in a model's depth the aligned one learns: layers 12 to 21 of 30."""
 TASK_PROMPT = (
     "Question: {question}\nConclusion: {conclusion}\nAnswer with one word: yes, no or maybe."
 )

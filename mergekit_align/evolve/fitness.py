@@ -18,6 +18,7 @@ import torch
 from mergekit_align.evolve.distillation import DISTILLATION
 from mergekit_align.evolve.sample_values import SampleReader, SampleValues
 from mergekit_align.gradient import (
+    DECISION_MEASURES,
     Lesson,
     accumulate_decision_gradient,
     accumulate_distillation_gradient,
@@ -117,7 +118,7 @@ class Fitness:
             encoded,
             kind,
             refusal_wanted=task.sample_type == "alignment",
-            margin=plain == "decision_margin",
+            measure=DECISION_MEASURES[plain],
         )
 
     def _build(self, task: Any) -> None:

@@ -36,13 +36,6 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 2048
 """Tokens in a batch, padding included: their activations are kept for the backward pass."""
 
-DECISION_MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "decision_margin": lambda log_odds: log_odds,
-    "decision_logprob": torch.nn.functional.logsigmoid,
-    "decision_prob": torch.sigmoid,
-}
-"""What the response tasks' metrics are of a decision's log-odds."""
-
 
 def accumulate_gradient(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> float:
     """The mean sample loss (nats/token); its gradient is added to the parameters' `grad`."""
@@ -77,13 +70,13 @@ def accumulate_decision_gradient(
     openings: Openings,
     *,
     refusal_wanted: bool,
-    measure: Callable[[torch.Tensor], torch.Tensor],
+    margin: bool,
 ) -> float:
-    """The mean of how decisions are measured; its gradient is added to the parameters' `grad`.
+    """The mean log-probability of the wanted decision; its gradient is added to the parameters' `grad`.
 
     Args:
         openings: of refusals and of help, as `loss` compares them.
-        measure: of the wanted decisions' log-odds, elementwise: one of `DECISION_MEASURES`.
+        margin: the decision's log-odds in place of its log-probability, nats.
     """
     branches = openings.branches()
     # With what is read after each prompt, so that batches are as large as they may be.
@@ -101,7 +94,7 @@ def accumulate_decision_gradient(
 
         odds = logprob(openings.refusal) - logprob(openings.help)
         odds = odds if refusal_wanted else -odds
-        return measure(odds).sum()
+        return (odds if margin else torch.nn.functional.logsigmoid(odds)).sum()
 
     return _accumulate(rows, summed)
 

@@ -133,7 +133,6 @@ def test_the_decision_metrics_follow_from_the_margin(model, world) -> None:
     for metric, expected in (
         ("decision_margin", margins),
         ("decision_logprob", margins.sigmoid().log()),
-        ("decision_prob", margins.sigmoid()),
         ("decision_acc", (margins > 0).double()),
     ):
         assert [sample[metric] for sample in scored] == pytest.approx(expected.tolist(), abs=1e-9)

@@ -18,13 +18,12 @@ from mergekit_align.evolve.fitness import Fitness, Results
 from mergekit_align.evolve.genes import Array, Genes
 from mergekit_align.evolve.kernels import KERNELS
 from mergekit_align.evolve.merging import MergedModel, TensorMerge
-from mergekit_align.gradient import DECISION_MEASURES
 from mergekit_align.tasks.response import is_response_task
 
 if TYPE_CHECKING:
     from mergekit_align.evolve.config import EvolveConfig
 
-DIFFERENTIABLE = ("logprob", "sequence_logprob", *DECISION_MEASURES)
+DIFFERENTIABLE = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob")
 """Metrics of response tasks that have a gradient."""
 
 
@@ -66,7 +65,7 @@ def _check_metric(config: EvolveConfig, name: str, metric: str, where: str) -> N
         )
     plain = metric.removesuffix(",none")
     if plain not in DIFFERENTIABLE:
-        close = "decision_prob" if plain.startswith("decision") else "logprob"
+        close = "decision_logprob" if plain.startswith("decision") else "logprob"
         raise InputError.at(
             config.path,
             where,

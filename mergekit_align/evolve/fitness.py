@@ -18,7 +18,6 @@ import torch
 from mergekit_align.evolve.distillation import DISTILLATION
 from mergekit_align.evolve.sample_values import SampleReader, SampleValues
 from mergekit_align.gradient import (
-    DECISION_MEASURES,
     Lesson,
     accumulate_decision_gradient,
     accumulate_distillation_gradient,
@@ -118,7 +117,7 @@ class Fitness:
             encoded,
             kind,
             refusal_wanted=task.sample_type == "alignment",
-            measure=DECISION_MEASURES[plain],
+            margin=plain == "decision_margin",
         )
 
     def _build(self, task: Any) -> None:

@@ -37,14 +37,7 @@ from mergekit_align.tasks.samples import SampleTask
 
 REQUEST_TYPE = "response_loglikelihood"
 
-METRICS = (
-    "logprob",
-    "sequence_logprob",
-    "decision_margin",
-    "decision_logprob",
-    "decision_prob",
-    "decision_acc",
-)
+METRICS = ("logprob", "sequence_logprob", "decision_margin", "decision_logprob", "decision_acc")
 
 
 @dataclass(frozen=True)
@@ -80,8 +73,6 @@ class ResponseTask(SampleTask):
     - `decision_logprob`: log-probability of the wanted opening given that it is one of the two,
       log sigmoid of the margin. It has what a fitness needs: a decision that is settled gains nothing
       more, whereas a margin can grow on some samples at the expense of decisions on others.
-    - `decision_prob`: probability of the wanted opening given that it is one of the two, sigmoid of the
-      margin: `decision_acc` with a gradient, which decisions that are lost leave alone too.
     - `decision_acc`: 1 where the wanted opening is the likelier one, else 0: a rate, which trades one
       decision for another but never for certainty.
 
@@ -137,9 +128,9 @@ class ResponseTask(SampleTask):
             wanted = 1.0 if self.sample_type == "alignment" else -1.0
             margin = wanted * score.decision_margin
             metrics["decision_margin"] = margin
-            logprob = -math.log1p(math.exp(-margin)) if margin > -700 else margin
-            metrics["decision_logprob"] = logprob
-            metrics["decision_prob"] = math.exp(logprob)
+            metrics["decision_logprob"] = (
+                -math.log1p(math.exp(-margin)) if margin > -700 else margin
+            )
             metrics["decision_acc"] = float(margin > 0)
         return metrics
 

@@ -15,18 +15,13 @@ from torch.func import functional_call
 from mergekit_align.evolve import read_config, search
 from mergekit_align.evolve.ascent import Ascent
 from mergekit_align.evolve.candidate import Evaluator
-from mergekit_align.gradient import (
-    DECISION_MEASURES,
-    accumulate_decision_gradient,
-    accumulate_logprob_gradient,
-)
+from mergekit_align.gradient import accumulate_decision_gradient, accumulate_logprob_gradient
 from mergekit_align.loss import response_scores
 
 TASKS = [
     {"name": "response_alignment", "metric": "decision_logprob,none", "weight": 1.0},
     {"name": "response_task", "metric": "sequence_logprob,none", "weight": 0.1},
     {"name": "response_benign", "metric": "decision_margin,none", "weight": 0.2},
-    {"name": "response_benign", "metric": "decision_prob,none", "weight": 0.7},
 ]
 
 
@@ -97,19 +92,18 @@ def test_they_are_autograds_through_the_merge(
             return functional_call(model, merged(), (), {"attention_mask": attention_mask, **more})
 
     fitness = candidates.fitness
-    for task in TASKS:
-        name, weight = str(task["name"]), task["weight"]
-        metric = str(task["metric"]).removesuffix(",none")
-        samples, openings = fitness.samples.encoded(name)
+    encoded = {task["name"]: fitness.samples.encoded(str(task["name"])) for task in TASKS}
+    for (name, (samples, openings)), task in zip(encoded.items(), TASKS, strict=True):
+        weight = task["weight"]
         before = genes.grad.clone() if genes.grad is not None else torch.zeros_like(genes)
         genes.grad = None
-        if metric in DECISION_MEASURES:
+        if "decision" in str(task["metric"]):
             accumulate_decision_gradient(
                 Merged(),  # type: ignore[arg-type]
                 samples,
                 openings[0],
                 refusal_wanted=name == "response_alignment",
-                measure=DECISION_MEASURES[metric],
+                margin="margin" in str(task["metric"]),
             )
         else:
             accumulate_logprob_gradient(Merged(), samples, by_token=False)  # type: ignore[arg-type]
@@ -183,11 +177,9 @@ def test_decisions_and_responses_are_the_losss(
         assert accumulate_logprob_gradient(model, samples, by_token=True) == pytest.approx(
             -sum(score.loss for score in scores) / len(scores), abs=1e-4
         )
-        for measure in DECISION_MEASURES.values():
-            expected = measure(torch.tensor(margins)).mean()
-            assert accumulate_decision_gradient(
-                model, samples, openings[0], refusal_wanted=True, measure=measure
-            ) == pytest.approx(float(expected), abs=1e-4)
+        assert accumulate_decision_gradient(
+            model, samples, openings[0], refusal_wanted=True, margin=True
+        ) == pytest.approx(sum(margins) / len(margins), abs=1e-4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +194,7 @@ def test_decisions_and_responses_are_the_losss(
             {},
             {"name": "response_alignment", "metric": "decision_acc,none"},
             "tasks[0]: found response_alignment decision_acc, which has no gradient; expected "
-            "decision_prob",
+            "decision_logprob",
         ),
         (
             {},

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -27,10 +27,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from mergekit_align.demo import build_world
 from mergekit_align.evaluate import Evaluation, evaluate, print_table
-from mergekit_align.samples import load_samples
+from mergekit_align.samples import Sample, load_samples
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SECOND_SKILL = "skill-b"
 SEARCHES = {
     "task-only evolution": "genomic_task_only",
     "the paper's objective": "genomic_paper",
@@ -82,6 +81,11 @@ def search(world: Path, example: str, seed: int, *, data: Path | None = None) ->
     return Path(content["align"]["storage_path"]) / "final_model"
 
 
+def first_skill(samples: Sequence[Sample]) -> list[Sample]:
+    """Those that `aligned` and `expert-a` can be right about: the third model's skill is left out."""
+    return [sample for sample in samples if sample.category != "skill-b"]
+
+
 def held_out(
     world: Path,
     models: Mapping[str, Path],
@@ -91,11 +95,11 @@ def held_out(
     output: Path | None = None,
 ) -> Evaluation:
     """What named models answer to a world's held-out prompts, judged by its guard."""
-    samples = load_samples(world / "data" / "test.jsonl")
+    every = load_samples(world / "data" / "test.jsonl")
     return evaluate(
         list(models.values()),
         names=list(models),
-        data=[each for each in samples if both_skills or each.category != SECOND_SKILL],
+        data=every if both_skills else first_skill(every),
         guard=world / "guard",
         max_tokens=64,
         output=output,

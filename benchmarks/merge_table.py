@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import machine
+from demo_table import first_skill
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -31,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from mergekit_align.devices import default_dtype
 from mergekit_align.evaluate import evaluate
 from mergekit_align.merge_methods.methods import METHODS
-from mergekit_align.samples import Sample, SampleType, load_samples
+from mergekit_align.samples import SampleType, load_samples
 from mergekit_align.statistics.collect import Source, collect_statistics
 from mergekit_align.statistics.files import Kind
 from mergekit_align.statistics.propagate import collect_propagated
@@ -128,19 +129,13 @@ def take_statistics(world: Path, limit: int) -> float:
     return time.perf_counter() - started
 
 
-def samples(world: Path, split: str) -> list[Sample]:
-    """Those that the parents can be right about: the third model's skill is left out."""
-    every = load_samples(world / "data" / f"{split}.jsonl")
-    return [sample for sample in every if sample.category != "skill-b"]
-
-
 def rates(
     world: Path, models: dict[str, Path], split: str, *, limit: int | None, guard: bool
 ) -> dict[str, Rates]:
     evaluation = evaluate(
         list(models.values()),
         names=list(models),
-        data=samples(world, split),
+        data=first_skill(load_samples(world / "data" / f"{split}.jsonl")),
         limit=limit,
         guard=world / "guard" if guard else None,
         max_tokens=64,

@@ -168,8 +168,7 @@ def fine_tune(
         for epoch in epochs
         for start in range(0, len(epoch), batch_size)
     ]
-    learned = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 5, 1 - step / len(batches))
     )
@@ -179,7 +178,7 @@ def fine_tune(
         optimizer.zero_grad()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             loss = accumulate_gradient(model, batch)
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 10 == 0:

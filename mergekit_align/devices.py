@@ -1,7 +1,9 @@
-"""Which device and floating type to compute with where the user does not say."""
+"""Which device and floating type to compute with where the user does not say; and memory given back."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 
 import torch
@@ -51,3 +53,13 @@ def _cpu_has_bfloat16() -> bool:
         getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")
     )
     return any(test is not None and test() for test in tests)
+
+
+def give_memory_back() -> None:
+    """What is in use no more, to the system: C's allocator keeps much of it otherwise."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:  # glibc's
+        trim(0)

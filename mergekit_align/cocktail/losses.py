@@ -9,8 +9,6 @@ these do not depend on the number of processes, neither do the losses.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,12 @@ from mergekit.options import MergeOptions
 from sqlitedict import SqliteDict
 
 from mergekit_align.checkpoints import context_window
-from mergekit_align.devices import check_device, default_device, default_dtype
+from mergekit_align.devices import (
+    check_device,
+    default_device,
+    default_dtype,
+    give_memory_back,
+)
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.fingerprint import digest, lora_cache, reference_fingerprint
 from mergekit_align.loss import ResponseReader
@@ -172,7 +175,7 @@ def sample_losses(
                 models.read_ahead(following.reference)
             table.complete(model, max_batch_size)
             del model
-            _give_memory_back()
+            give_memory_back()
         return [table.losses() for table in tables]
 
 
@@ -236,16 +239,6 @@ class _Table:
 
     def losses(self) -> list[SampleLoss]:
         return [self._found[key] for key in self._keys]
-
-
-def _give_memory_back() -> None:
-    """What a model took, to the system: C's allocator keeps it otherwise, and more for each model."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:  # glibc's
-        trim(0)
 
 
 def _weight_files(directory: str) -> list[Path]:

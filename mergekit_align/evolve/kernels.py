@@ -24,6 +24,17 @@ _ONE = 0x3F80  # the bits of 1 in bfloat16
 class Kernel(ABC):
     """Merges one tensor, whose inputs it knows, again and again."""
 
+    def prepare(self, own: Mapping[ModelReference, Mapping[str, Any]]) -> bool:
+        """Make what depends on the inputs alone, which takes more memory than merging does.
+
+        Args:
+            own: the method's parameters of each input.
+
+        Returns:
+            Whether there was anything to make.
+        """
+        return False
+
     @abstractmethod
     def merge(
         self,
@@ -140,11 +151,11 @@ class TaskArithmeticKernel(Kernel):
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        self._prepare(own)
+        kept = self._select(own)
         weights = self._weights(own, target.device)
         for piece, out in _stretches(target):
             base = self._base[piece]
-            deltas = self._task_vectors(piece, base)
+            deltas = self._task_vectors(piece, base, kept)
             deltas.mul_(weights)
             agree = self._agreement(deltas)
             mixed = _sum(deltas if agree is None else keep(deltas, agree))
@@ -160,11 +171,11 @@ class TaskArithmeticKernel(Kernel):
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> dict[ModelReference, float]:
-        self._prepare(own)
+        kept = self._select(own)
         weights = self._weights(own, gradient.device)
         found = torch.zeros(len(self._models), dtype=torch.float64)
         for piece, part in _stretches(gradient):
-            deltas = self._task_vectors(piece, self._base[piece])
+            deltas = self._task_vectors(piece, self._base[piece], kept)
             agree = self._agreement(deltas * weights)
             by_weight = (deltas if agree is None else keep(deltas, agree)).float()
             if shared["normalize"]:
@@ -182,14 +193,21 @@ class TaskArithmeticKernel(Kernel):
         weights = [own[model]["weight"] for model in self._models]
         return torch.tensor(weights, dtype=torch.bfloat16, device=device).unsqueeze(1)
 
-    def _prepare(self, own: Mapping[ModelReference, Mapping[str, Any]]) -> None:
-        """What is needed of a whole tensor before its stretches are merged."""
+    def _select(
+        self, own: Mapping[ModelReference, Mapping[str, Any]]
+    ) -> Sequence[Selection | None]:
+        """What of each task vector is kept; `None` for all of it."""
+        return [None] * len(self._models)
 
-    def _task_vectors(self, piece: slice, base: torch.Tensor) -> torch.Tensor:
+    def _task_vectors(
+        self, piece: slice, base: torch.Tensor, kept: Sequence[Selection | None]
+    ) -> torch.Tensor:
         """[models, numbers]"""
         deltas = base.new_empty((len(self._tensors), *base.shape))
-        for row, tensor in zip(deltas, self._tensors, strict=True):
+        for row, tensor, selection in zip(deltas, self._tensors, kept, strict=True):
             torch.sub(tensor[piece], base, out=row)
+            if selection is not None:
+                row.copy_(keep(row, selection.mask(row, piece)))
         return deltas
 
     def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
@@ -208,28 +226,26 @@ class TiesKernel(TaskArithmeticKernel):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._magnitudes: list[Magnitudes | None] = [None] * len(self._tensors)
-        self._selections: list[Selection | None] = []
 
-    def _prepare(self, own: Mapping[ModelReference, Mapping[str, Any]]) -> None:
-        self._selections = [
-            self._select(index, own[model]["density"]) for index, model in enumerate(self._models)
+    def prepare(self, own: Mapping[ModelReference, Mapping[str, Any]]) -> bool:
+        missing = [
+            index
+            for index, model in enumerate(self._models)
+            if own[model]["density"] < 1 and self._magnitudes[index] is None
         ]
+        for index in missing:
+            self._magnitudes[index] = Magnitudes(self._tensors[index] - self._base)
+        return bool(missing)
 
-    def _select(self, index: int, density: float) -> Selection | None:
-        if density >= 1:
-            return None
-        magnitudes = self._magnitudes[index]
-        if magnitudes is None:
-            magnitudes = Magnitudes(self._tensors[index] - self._base)
-            self._magnitudes[index] = magnitudes
-        return magnitudes.largest(density)
-
-    def _task_vectors(self, piece: slice, base: torch.Tensor) -> torch.Tensor:
-        deltas = super()._task_vectors(piece, base)
-        for delta, selection in zip(deltas, self._selections, strict=True):
-            if selection is not None:
-                delta.copy_(keep(delta, selection.mask(delta, piece)))
-        return deltas
+    def _select(
+        self, own: Mapping[ModelReference, Mapping[str, Any]]
+    ) -> Sequence[Selection | None]:
+        self.prepare(own)
+        densities = [own[model]["density"] for model in self._models]
+        return [
+            None if magnitudes is None or density >= 1 else magnitudes.largest(density)
+            for magnitudes, density in zip(self._magnitudes, densities, strict=True)
+        ]
 
     def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
         # A number whose sign bit is not the sum's disagrees, and so does a zero, which has no sign.

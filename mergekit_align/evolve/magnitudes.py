@@ -2,8 +2,9 @@
 
 mergekit keeps the first k of `argsort`, whose order among equal magnitudes is its own affair; in
 bfloat16 most numbers have equals. So its very order is made once. A density then needs a threshold,
-which all larger numbers pass, and of the order only those equal to it that are kept. The orders, four
-bytes a number, lie in a file that the system keeps in memory as it sees fit.
+which all larger numbers pass, and of the order only those equal to it that are kept; zeros are zeros
+whether they are kept or not. The orders, four bytes a number other than zero, lie in a file that the
+system keeps in memory as it sees fit.
 """
 
 from __future__ import annotations
@@ -57,16 +58,18 @@ class Magnitudes:
     """
 
     def __init__(self, vector: torch.Tensor) -> None:
-        order = torch.argsort(vector.abs().float(), descending=True).int()
-        bits = vector.view(torch.int16)[order] & MAGNITUDE
-        levels, counts = torch.unique_consecutive(bits, return_counts=True)
-        self._levels = levels.cpu()
-        self._larger_or_equal = counts.cpu().cumsum(0)
+        counts = torch.bincount(vector.view(torch.int16) & MAGNITUDE).cpu()
+        self._levels = counts.nonzero().flatten().flip(0)
+        self._larger_or_equal = counts[self._levels].cumsum(0)
         self._size = vector.numel()
-        with tempfile.TemporaryFile() as file:
-            order.cpu().numpy().tofile(file)
-            file.flush()
-            self._order = np.memmap(file, dtype=np.int32, mode="r", shape=(self._size,))
+        self._order = np.empty(0, np.int32)
+        other_than_zero = self._size - int(counts[0])
+        if other_than_zero:
+            order = torch.argsort(vector.abs().float(), descending=True)[:other_than_zero]
+            with tempfile.TemporaryFile() as file:
+                order.int().cpu().numpy().tofile(file)
+                file.flush()
+                self._order = np.memmap(file, dtype=np.int32, mode="r", shape=order.shape)
 
     def largest(self, density: float) -> Selection:
         """As `mergekit.sparsify.magnitude` selects them, for a density below 1."""
@@ -75,5 +78,6 @@ class Magnitudes:
         count = max(1, int(density * self._size))
         level = int(torch.searchsorted(self._larger_or_equal, count))
         larger = int(self._larger_or_equal[level - 1]) if level else 0
+        # Of zeros, which come last, the order ends before the first.
         equal = torch.from_numpy(np.sort(self._order[larger:count]))
         return Selection(int(self._levels[level]), equal)

@@ -30,6 +30,7 @@ from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameters
 from mergekit.plan import MergePlanner
 
+from mergekit_align.devices import give_memory_back
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.kernels import Kernel, kernel_for
 
@@ -149,6 +150,7 @@ class MergedModel:
         self._load(merges)
         if self._options.random_seed is not None:
             set_seed(self._options.random_seed)
+        self._prepare(merges, config.out_dtype)
         written = set()
         for merge in merges:
             target = self._target(merge.weight.name)
@@ -164,14 +166,22 @@ class MergedModel:
             )
         return merges
 
+    def _prepare(self, merges: Sequence[TensorMerge], out_dtype: str | None) -> None:
+        """All of it before a first merge, when the model's own memory is not yet in use."""
+        kernels = [
+            (self._merging_kernel(merge, out_dtype), merge.own)
+            for merge in merges
+            if self._target(merge.weight.name) is not None
+        ]
+        if any([kernel.prepare(own) for kernel, own in kernels if kernel is not None]):
+            give_memory_back()
+
     def _merge_tensor(
         self, merge: TensorMerge, target: torch.Tensor, out_dtype: str | None
     ) -> None:
         name = merge.weight.name
-        kernel = self.kernel(merge)
-        dtype = dtype_from_name(merge.weight.force_dtype or out_dtype)
-        plain = dtype in (None, torch.bfloat16) and not merge.shared.get("rescale")
-        if kernel is not None and plain:
+        kernel = self._merging_kernel(merge, out_dtype)
+        if kernel is not None:
             made_of = (merge.key, merge.shared, merge.own)
             if self._written.pop(name, None) != made_of:
                 kernel.merge(target, merge.shared, merge.own)
@@ -184,7 +194,13 @@ class MergedModel:
         tensor = task.execute(tensors=self._inputs[merge.key])
         if tensor is None:  # optional, and too few inputs have it
             return
+        dtype = _dtype(merge, out_dtype)
         target.copy_(tensor if dtype is None else tensor.to(dtype))
+
+    def _merging_kernel(self, merge: TensorMerge, out_dtype: str | None) -> Kernel | None:
+        """Ours where it gives what is asked for: bfloat16, and nothing scaled anew."""
+        plain = _dtype(merge, out_dtype) in (None, torch.bfloat16)
+        return self.kernel(merge) if plain and not merge.shared.get("rescale") else None
 
     def kernel(self, merge: TensorMerge) -> Kernel | None:
         """Ours for a tensor; `None` where mergekit's own merges it."""
@@ -278,3 +294,9 @@ class MergedModel:
             f"{self._out_config.architectures[0]}: found no parameter {name} in the model; expected "
             "the checkpoints' names to be the model's own"
         )
+
+
+def _dtype(merge: TensorMerge, out_dtype: str | None) -> torch.dtype | None:
+    """Of a merged tensor; `None` for that of its inputs."""
+    dtype: torch.dtype | None = dtype_from_name(merge.weight.force_dtype or out_dtype)
+    return dtype

@@ -7,6 +7,7 @@ import platform
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,17 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
+def best_seconds(run: Callable[[], object], device: str) -> float:
+    """Of five runs."""
+
+    def seconds() -> float:
+        started = clock(device)
+        run()
+        return clock(device) - started
+
+    return min(seconds() for _ in range(5))
+
+
 def matmul_rate(
     device: str, dtype: torch.dtype, sizes: tuple[int, int, int] | None = None
 ) -> float:
@@ -50,24 +62,26 @@ def matmul_rate(
     rows, inner, columns = sizes or (size, size, size)
     a = torch.randn(rows, inner, device=device, dtype=dtype)
     b = torch.randn(inner, columns, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(5):
-        started = clock(device)
-        a @ b
-        best = max(best, 2.0 * rows * inner * columns / (clock(device) - started))
-    return best
+    return 2.0 * rows * inner * columns / best_seconds(lambda: a @ b, device)
 
 
 def copy_rate(device: str, to: str | None = None) -> float:
     """Bytes a second that are read and written where 256 MiB are copied on, or off, a device."""
     source = torch.ones(2**26, device=device)
     target = torch.ones(2**26, device=to or device)
-    best = 0.0
-    for _ in range(5):
-        started = clock(device)
-        target.copy_(source)
-        best = max(best, (1 if to else 2) * 4 * 2**26 / (clock(device) - started))
-    return best
+    moved = (1 if to else 2) * 4 * 2**26
+    return moved / best_seconds(lambda: target.copy_(source), device)
+
+
+def keep_freed_memory() -> None:
+    """Let C's allocator keep what is freed, as it does once a piece of this size was: glibc's largest."""
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+def new_memory_rate() -> float:
+    """Bytes a second that are first written to memory that this process has just been given."""
+    size = 2**28
+    return size / best_seconds(lambda: torch.empty(size // 4).fill_(1), "cpu")
 
 
 def new_pages_rate() -> float:

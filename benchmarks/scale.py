@@ -5,16 +5,18 @@
     python benchmarks/scale.py --device cuda --dtype bfloat16 --samples 256
 
 Random weights. The rates that a prediction needs are measured just before: matrix products as large
-as the model's own, and copies of memory. On a CPU one thread computes and its processor's seconds
-count, so that other work on the machine doesn't. Each step runs in a process of its own; its memory is
-the peak beyond what the process held before the model. The plans are at GPUs' published rates, of
-which matrix products reach a half (`--share`) and memory nine tenths.
+as the model's own, a layer's attention and its arithmetic element by element, and copies of memory. On
+a CPU one thread computes and its processor's seconds count, so that other work on the machine doesn't.
+Each step runs twice in a process of its own, of which the second time counts; its memory is the peak
+beyond what the process held before the model. The plans are at GPUs' published rates, of which matrix
+products reach a half (`--share`) and memory nine tenths.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import random
 import tempfile
@@ -22,12 +24,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from machine import clock, copy_rate, matmul_rate, memory, name, new_pages_rate, peak_memory
+from machine import (
+    best_seconds,
+    clock,
+    copy_rate,
+    keep_freed_memory,
+    matmul_rate,
+    memory,
+    name,
+    new_memory_rate,
+    new_pages_rate,
+    peak_memory,
+)
 from mergekit.merge_methods import get
 from mergekit.merge_methods.base import PerInputValues, TensorGroup
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from mergekit_align import scale
 from mergekit_align.encoding import EncodedSample
@@ -92,10 +110,11 @@ def gpu(model: str, devices: int, share: float) -> Machine:
     return Machine(share * matmul, share * float32, 0.9 * bandwidth, 0.9 * link, held, devices)
 
 
-def measured_machine(shape: Shape, device: str, dtype: torch.dtype) -> Machine:
-    """Rates of products as large as a batch's in this model's feed-forward layers."""
+def measured_machine(size: Size, work: Work, device: str, dtype: torch.dtype) -> Machine:
+    """Rates of products as large as a batch's in this model's feed-forward layers, and of the rest."""
+    keep_freed_memory()
     tokens = 256 if device == "cpu" else 8192
-    sizes = (tokens, shape.hidden, shape.inner)
+    sizes = (tokens, size.hidden, size.inner)
     bandwidth = copy_rate(device)
     return Machine(
         matmul=matmul_rate(device, dtype, sizes),
@@ -105,8 +124,49 @@ def measured_machine(shape: Shape, device: str, dtype: torch.dtype) -> Machine:
         memory=64 * GIB,
         itemsize=dtype.itemsize,
         cpu=device == "cpu",
+        element_wise=element_wise_rate(size, work, device, dtype),
+        attention=attention_rate(size, work, device, dtype),
+        new_memory=new_memory_rate() if device == "cpu" else math.inf,
         new_pages=new_pages_rate(),
     )
+
+
+def element_wise_rate(size: Size, work: Work, device: str, dtype: torch.dtype) -> float:
+    """Bytes/s, as `Shape` counts them, of all in a decoder layer but products and attention."""
+    config = size.config()
+    texts, length, width = work.samples, work.prompt + work.response, size.hidden // size.heads
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(texts, *shape, device=device, dtype=dtype)
+
+    norm = LlamaRMSNorm(size.hidden).to(device, dtype)
+    rotary = LlamaRotaryEmbedding(config).to(device)
+    states, queries = numbers(length, size.hidden), numbers(size.heads, length, width)
+    keys, gate, up = numbers(size.keys, length, width), *(numbers(length, size.inner),) * 2
+    places = torch.arange(length, device=device).unsqueeze(0)
+
+    def layer() -> None:
+        with torch.inference_mode():
+            norm(states)
+            apply_rotary_pos_emb(queries, keys, *rotary(states, places))
+            norm(states + states)
+            states + states
+            torch.nn.functional.silu(gate) * up
+
+    counted = Shape.of(config).element_wise // size.layers * texts * length * dtype.itemsize
+    return counted / best_seconds(layer, device)
+
+
+def attention_rate(size: Size, work: Work, device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of attention as this model reaches them."""
+    length, width = work.prompt + work.response, size.hidden // size.heads
+    heads = torch.randn(3, work.samples, size.heads, length, width, device=device, dtype=dtype)
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+
+    flops = 4.0 * work.samples * size.hidden * length**2
+    return flops / best_seconds(attend, device)
 
 
 def measure(step: str, size: str, work: Work, device: str, dtype: str) -> dict[str, float]:
@@ -146,8 +206,8 @@ def measure(step: str, size: str, work: Work, device: str, dtype: str) -> dict[s
             _collect(model, encoded, headers, Path(out))
 
     with tempfile.TemporaryDirectory() as out:
+        run(out)  # libraries choose their kernels at first use
         if device != "cpu":
-            run(out)  # a GPU's libraries choose their kernels at first use
             torch.cuda.reset_peak_memory_stats()
         started = clock(device)
         run(out)
@@ -193,13 +253,13 @@ def measured(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     device, dtype, size = arguments.device, arguments.dtype, arguments.model
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch", "transformers", "mergekit.merge_methods"])
-    shape, count = Shape.of(SIZES[size].config()), arguments.samples
+    count = arguments.samples
     work = Work(count, prompt=96, response=32, judged=count, policy=200, conversation=100)
     if device == "cpu":
         torch.set_num_threads(1)
     checked = []
     for step in arguments.step or STEPS:
-        rates = measured_machine(shape, device, getattr(torch, dtype))
+        rates = measured_machine(SIZES[size], work, device, getattr(torch, dtype))
         with context.Pool(1) as pool:
             found = pool.apply(measure, (step, size, work, device, dtype))
         console.print(f"{step}: {found}")
@@ -220,7 +280,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="SmolLM2-135M")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.5, help="of a GPU's published products")
     parser.add_argument("--step", action="append", choices=STEPS, help="this only; may be repeated")
     parser.add_argument(

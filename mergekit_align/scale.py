@@ -5,9 +5,10 @@
         print(step.step, step.seconds, step.bytes, step.fits)
 
 A step takes as long as its matrix products at the machine's rate of them, or as reading the weights
-once a batch takes where that is longer, and beside that the traffic of everything that works
-element by element. Its memory is the weights, what grows with a batch, and what is summed up. Left
-out: loading from disk, the imports (about 1 GiB), padding, and fragmentation of the device's memory.
+once a batch takes where that is longer, beside that as attention takes, and the traffic of everything
+that works element by element. Its memory is the weights, what grows with a batch, and what is summed
+up. Left out: loading from disk, the imports (about 1 GiB), what only the first batch takes, padding,
+and fragmentation of the device's memory.
 Mixtures of experts are counted as if every expert read every token.
 """
 
@@ -21,7 +22,6 @@ import torch
 from mergekit_align.gradient import BATCH_TOKENS as GRADIENT_TOKENS
 from mergekit_align.guard.scorer import BATCH_TOKENS as GUARD_TOKENS
 from mergekit_align.loss import BATCH_TOKENS as LOSS_TOKENS
-from mergekit_align.loss import SMALL_BATCH
 from mergekit_align.reading import BATCH_LOGITS
 from mergekit_align.statistics.collect import linear_inputs
 
@@ -89,8 +89,15 @@ class Shape(NamedTuple):
 
     def flops(self, tokens: float, context: float, predicted: float) -> float:
         """Of a forward pass that reads `tokens`, each beside `context` others, and predicts some."""
-        attended = 2 * self.layers * self.attention * context
-        return 2.0 * ((self.linear + attended) * tokens + self.output * predicted)
+        return self.products(tokens, predicted) + self.attended(tokens, context)
+
+    def products(self, tokens: float, predicted: float) -> float:
+        """FLOPs of the linear layers."""
+        return 2.0 * (self.linear * tokens + self.output * predicted)
+
+    def attended(self, tokens: float, context: float) -> float:
+        """FLOPs of attention."""
+        return 4.0 * self.layers * self.attention * context * tokens
 
     @property
     def element_wise(self) -> int:
@@ -125,8 +132,19 @@ class Machine(NamedTuple):
     """Bytes of a number in the models' floating type."""
     cpu: bool = False
     """Whether the device is the host itself."""
+    element_wise: float = math.inf
+    """Bytes/s of arithmetic element by element in the models' type, where memory is faster."""
+    attention: float = math.inf
+    """FLOP/s of attention, where other products are faster."""
+    new_memory: float = math.inf
+    """Bytes/s that are first written to memory that a process gets anew, as a host's does for a batch."""
     new_pages: float = 0.7e9
     """Bytes/s that the host first writes to the pages of a new file; as a small machine does."""
+
+    @property
+    def traffic(self) -> float:
+        """Bytes/s of what works element by element."""
+        return min(self.bandwidth, self.element_wise)
 
 
 class Work(NamedTuple):
@@ -176,20 +194,19 @@ def steps(shape: Shape, work: Work, machine: Machine, guard: Shape | None = None
 def loss(shape: Shape, work: Work, machine: Machine) -> Step:
     """Losses of all samples by one model: one forward pass, with predictions of the responses."""
     length = work.prompt + work.response
-    most = SMALL_BATCH["cpu"] if machine.cpu else LOSS_TOKENS
-    texts = _texts(work.samples, most // length, BATCH_LOGITS // (work.response * shape.vocabulary))
+    texts = _texts(
+        work.samples, LOSS_TOKENS // length, BATCH_LOGITS // (work.response * shape.vocabulary)
+    )
     tokens = texts * length
     logits = texts * work.response * shape.vocabulary
-    flops = shape.flops(tokens, length, texts * work.response)
     # Written by the output layer, read and written by the softmax, read where a token is chosen.
     traffic = tokens * shape.element_wise * machine.itemsize + 4 * FLOAT32 * logits
-    batch = _seconds(shape, machine, flops, traffic)
-    held = (
-        shape.parameters * machine.itemsize
-        # Copied where the responses go on.
-        + texts * (2 * work.prompt + work.response) * shape.cache * machine.itemsize
-        + min(logits, BATCH_LOGITS) * (2 * FLOAT32 + _copied(machine))
-    )
+    # The cache is copied where the responses go on.
+    taken = texts * (2 * work.prompt + work.response) * shape.cache * machine.itemsize
+    taken += min(logits, BATCH_LOGITS) * (2 * FLOAT32 + _copied(machine))
+    products = shape.products(tokens, texts * work.response)
+    batch = _seconds(shape, machine, products, shape.attended(tokens, length), traffic, taken)
+    held = shape.parameters * machine.itemsize + taken
     return _step("loss", batch * work.samples / texts, held, machine)
 
 
@@ -203,8 +220,11 @@ def merge_step(shape: Shape, work: Work, machine: Machine) -> Step:
     traffic = shape.parameters * (
         FLOAT32 + work.models * (own + 2 * FLOAT32) + 2 * FLOAT32 + FLOAT32 + own + 2 * own
     )
-    held = (work.models + 1) * shape.parameters * own + 2 * FLOAT32 * shape.largest
-    return _step("merge", traffic / machine.bandwidth, held, machine)
+    taken = 2 * FLOAT32 * shape.largest
+    held = (work.models + 1) * shape.parameters * own + taken
+    # Sums in one type run as fast as memory; from another one they are arithmetic.
+    rate = machine.bandwidth if own == FLOAT32 else machine.traffic
+    return _step("merge", traffic / rate + taken / machine.new_memory, held, machine)
 
 
 def judging(shape: Shape, work: Work, machine: Machine) -> Step:
@@ -215,9 +235,10 @@ def judging(shape: Shape, work: Work, machine: Machine) -> Step:
     tokens = texts * work.conversation
     cache = texts * length * shape.cache * machine.itemsize
     traffic = tokens * shape.element_wise * machine.itemsize + 3 * cache
-    batch = _seconds(shape, machine, shape.flops(tokens, length, texts), traffic)
-    held = shape.parameters * machine.itemsize + cache * (1 + 2 / shape.layers)
-    held += texts * shape.vocabulary * 2 * FLOAT32
+    taken = cache * (1 + 2 / shape.layers) + texts * shape.vocabulary * 2 * FLOAT32
+    products = shape.products(tokens, texts)
+    batch = _seconds(shape, machine, products, shape.attended(tokens, length), traffic, taken)
+    held = shape.parameters * machine.itemsize + taken
     # The policy is read once, on every device.
     policy = shape.flops(work.policy, work.policy, 1) / machine.matmul
     return _step("guard", batch * work.judged / texts + policy, held, machine)
@@ -229,31 +250,29 @@ def gradient(shape: Shape, work: Work, machine: Machine) -> Step:
     Where the logits exceed their bound the output layer runs forward once more.
     """
     length = work.prompt + work.response
-    texts = _texts(work.samples, GRADIENT_TOKENS // length, math.inf)
+    texts = _texts(work.samples, GRADIENT_TOKENS // length)
     tokens, predicted = texts * length, texts * work.response
     logits = predicted * shape.vocabulary
     again = 2.0 * shape.output * predicted if logits > BATCH_LOGITS else 0.0
     traffic = 3 * tokens * shape.element_wise * machine.itemsize + 8 * FLOAT32 * logits
     # Gradients of the parameters are read and written once a batch.
     traffic += 2 * shape.parameters * machine.itemsize
-    flops = 3 * shape.flops(tokens, length, predicted) + again
-    batch = _seconds(shape, machine, flops, traffic, reads=2)
-    held = (
-        2 * shape.parameters * machine.itemsize
-        # A backward pass has a tensor's gradient beside their sum; the largest is the embedding's.
-        + 2 * shape.largest * machine.itemsize
-        + tokens * shape.saved * machine.itemsize
-    )
+    # A backward pass has a tensor's gradient beside their sum; the largest is the embedding's.
+    taken = 2 * shape.largest * machine.itemsize + tokens * shape.saved * machine.itemsize
     # Of the logits, their softmax and their gradient the last two are there at once, and while the
     # gradient of the output layer is summed up, neither.
-    held += max(0, min(logits, BATCH_LOGITS) * 3 * FLOAT32 - 2 * shape.largest * machine.itemsize)
+    taken += max(0, min(logits, BATCH_LOGITS) * 3 * FLOAT32 - 2 * shape.largest * machine.itemsize)
+    products = 3 * shape.products(tokens, predicted) + again
+    attended = 3 * shape.attended(tokens, length)
+    batch = _seconds(shape, machine, products, attended, traffic, taken, reads=2)
+    held = 2 * shape.parameters * machine.itemsize + taken
     return _step("gradient", batch * work.samples / texts, held, machine)
 
 
 def search_step(shape: Shape, work: Work, machine: Machine) -> Step:
     """A step of a gradient search: a merge, a gradient, and its inner products with each model."""
     slope, merged = gradient(shape, work, machine), merge_step(shape, work, machine)
-    products = work.models * shape.parameters * 2 * (machine.itemsize + FLOAT32) / machine.bandwidth
+    products = work.models * shape.parameters * 2 * (machine.itemsize + FLOAT32) / machine.traffic
     held = slope.bytes + work.models * shape.parameters * machine.itemsize
     return _step("search step", slope.seconds + merged.seconds + products, held, machine)
 
@@ -271,21 +290,22 @@ def statistics(shape: Shape, work: Work, machine: Machine) -> Step:
     traffic += 3 * length * shape.element_wise * FLOAT32
     weights = shape.parameters * FLOAT32
     one = max(flops / machine.matmul_float32, 2 * weights / machine.bandwidth)
-    one += traffic / machine.bandwidth + 3 * sums / machine.link
+    taken = 3 * shape.largest * FLOAT32 + length * shape.saved * FLOAT32
+    one += traffic / machine.bandwidth + 3 * sums / machine.link + taken / machine.new_memory
     # First a forward pass tells which layers share an input; at last the sums are written out. Their
     # files' pages are made as they are first written to.
     once = shape.flops(length, length, work.response) / machine.matmul_float32
     once += 3 * sums / machine.link + sums / machine.new_pages
-    held = weights + 3 * shape.largest * FLOAT32 + length * shape.saved * FLOAT32
+    held = weights + taken
     if machine.cpu:
         held += sums
     fits = held <= machine.memory
     return Step("statistics", one * work.samples + once, held, 0.0 if machine.cpu else sums, fits)
 
 
-def _texts(most: int, *bounds: float) -> int:
+def _texts(*bounds: int) -> int:
     """Texts of a batch: one at least."""
-    return max(1, min(most, *(math.floor(b) if b < math.inf else most for b in bounds)))
+    return max(1, min(bounds))
 
 
 def _copied(machine: Machine) -> int:
@@ -293,16 +313,26 @@ def _copied(machine: Machine) -> int:
     return machine.itemsize if machine.itemsize < FLOAT32 else 0
 
 
-def _seconds(shape: Shape, machine: Machine, flops: float, traffic: float, reads: int = 1) -> float:
-    """Of one batch.
+def _seconds(
+    shape: Shape,
+    machine: Machine,
+    products: float,
+    attended: float,
+    traffic: float,
+    taken: float,
+    reads: int = 1,
+) -> float:
+    """Of one batch: FLOPs of linear layers and of attention, bytes of the rest, and of its memory.
 
     A model that one device holds runs on all of them side by side; one that is spread over them runs
     on one after the other, at the rate of one.
     """
     weights = shape.parameters * machine.itemsize
     at_once = machine.devices if weights < machine.memory else 1
-    products = max(flops / machine.matmul, reads * weights / machine.bandwidth)
-    return (products + traffic / machine.bandwidth) / at_once
+    seconds = max(products / machine.matmul, reads * weights / machine.bandwidth)
+    seconds += attended / min(machine.matmul, machine.attention) + traffic / machine.traffic
+    seconds += taken / machine.new_memory
+    return seconds / at_once
 
 
 def _step(name: str, seconds: float, held: float, machine: Machine) -> Step:

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,29 +162,34 @@ def _bandwidth() -> float:
 
 
 def merge_memory(base: str, models: list[str]) -> dict[str, Any]:
-    """Peak memory of merge steps, over what the process held before."""
-    found: dict[str, Any] = {}
-    options = MergeOptions(quiet=True)
+    """Peak memory of merge steps, over what the process held before; each method in one of its own."""
     table = Table("MiB", "the model", "its inputs, once", "peak", "peak / both")
+    found: dict[str, Any] = {}
     for method in ("linear", "task_arithmetic", "ties"):
-        config = merge_config(method, base, models, 1.0)
-        forget_peak()
-        before = memory()
-        merged = MergedModel(config, options)
-        for scale in (1.0, 0.9):
-            merged.merge(merge_config(method, base, models, scale))
-        own = sum(each.numel() * each.element_size() for each in merged.model.parameters())
-        paths = [*models, *([base] if method != "linear" else [])]
-        inputs = sum(
-            file.stat().st_size for path in paths for file in Path(path).glob("*.safetensors")
-        )
-        peak = peak_memory() - before
-        found[method] = {"model": own, "inputs": inputs, "peak": peak}
-        sizes = (f"{each / 2**20:.0f}" for each in (own, inputs, peak))
-        table.add_row(method, *sizes, f"{peak / (own + inputs):.2f}")
-        del merged
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            found[method] = each = process.submit(merge_peak, method, base, models).result()
+        cells = (f"{each[key] / 2**20:.0f}" for key in ("model", "inputs", "peak"))
+        share = each["peak"] / (each["model"] + each["inputs"])
+        table.add_row(method, *cells, f"{share:.2f}")
     CONSOLE.print(table)
     return found
+
+
+def merge_peak(method: str, base: str, models: list[str]) -> dict[str, int]:
+    """Bytes of the model, of its inputs, and at most while two candidates are merged."""
+    forget_peak()
+    before = memory()
+    merged = MergedModel(merge_config(method, base, models, 1.0), MergeOptions(quiet=True))
+    for scale in (1.0, 0.9):
+        merged.merge(merge_config(method, base, models, scale))
+    paths = [*models, *([base] if method != "linear" else [])]
+    return {
+        "model": sum(each.numel() * each.element_size() for each in merged.model.parameters()),
+        "inputs": sum(
+            file.stat().st_size for path in paths for file in Path(path).glob("*.safetensors")
+        ),
+        "peak": peak_memory() - before,
+    }
 
 
 def gradient(worlds: list[Path], limit: int | None) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def copy_rate(device: str, to: str | None = None) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let C's allocator keep what is freed, as it does once a piece of this size was: glibc's largest."""
+    """Let glibc keep what is freed, as it does once it had to free a piece of this size."""
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 

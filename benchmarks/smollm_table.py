@@ -38,8 +38,9 @@ HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TYPES = {"aligned": ("alignment", "benign"), "expert": ("task",)}
 STOCK: dict[str, tuple[str, float, float]] = {
     "linear 50:50": ("linear", 0.5, 0.5),
-    "TIES 50:50": ("ties", 0.5, 0.5),
-    "TIES 70:30": ("ties", 0.7, 0.3),
+    **{
+        f"TIES {tens}0:{10 - tens}0": ("ties", tens / 10, 1 - tens / 10) for tens in (1, 3, 5, 7, 9)
+    },
     "task arithmetic 1 + 1": ("task_arithmetic", 1.0, 1.0),
 }
 """Method and weights, of the aligned model and of the expert."""

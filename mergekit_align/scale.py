@@ -137,7 +137,7 @@ class Machine(NamedTuple):
     attention: float = math.inf
     """FLOP/s of attention, where other products are faster."""
     new_memory: float = math.inf
-    """Bytes/s that are first written to memory that a process gets anew, as a host's does for a batch."""
+    """Bytes/s that are first written to memory that is new to the process, as a batch's on a CPU."""
     new_pages: float = 0.7e9
     """Bytes/s that the host first writes to the pages of a new file; as a small machine does."""
 

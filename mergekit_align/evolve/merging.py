@@ -173,7 +173,8 @@ class MergedModel:
             for merge in merges
             if self._target(merge.weight.name) is not None
         ]
-        if any([kernel.prepare(own) for kernel, own in kernels if kernel is not None]):
+        prepared = [kernel.prepare(own) for kernel, own in kernels if kernel is not None]
+        if any(prepared):
             give_memory_back()
 
     def _merge_tensor(

@@ -385,6 +385,20 @@ _SEARCH_TABLES: dict[str, Callable[[Record], Cells]] = {
 }
 
 
+def searchers(files: Files) -> list[str]:
+    """The fitness that each search came to."""
+    lines: list[str] = []
+    for _, record in files:
+        rows = [
+            [world, label, *(f"{each:.4f}" for each in both)]
+            for world, own in record["fitness"].items()
+            for label, both in own.items()
+        ]
+        lines += [f"{record['evaluations']} evaluations of each search; higher is better.", ""]
+        lines += [*table(["world", "search", "fitness", "on held-out samples"], rows), ""]
+    return lines[:-1]
+
+
 def vocabulary(files: Files) -> list[str]:
     """Peak memory of losses and gradients, both ways."""
     lines: list[str] = []
@@ -514,6 +528,12 @@ KINDS = (
         "evolve.py PART PATHS --json evolve_PART.json",
         frozenset({"search", "found"}),
         own_search,
+    ),
+    Kind(
+        "Searches of others",
+        "searchers.py world-0 world-1 world-2 --json searchers.json",
+        frozenset({"evaluations", "fitness"}),
+        searchers,
     ),
     Kind(
         "Large vocabularies",

@@ -37,7 +37,8 @@ from mergekit_align.refusal import refusal_class
 from mergekit_align.samples import Sample, load_samples, save_samples, split_samples
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LEARNING_RATES = {"aligned": 2e-4, "expert": 5e-5}
+LEARNING_RATES = {"aligned": 2e-4, "expert": 1e-4}
+TASK_EPOCHS = 2
 ANSWER_TOKENS = 40
 MIDDLE = (0.4, 0.73)
 """Where in a model's depth the aligned one learns: layers 12 to 21 of 30."""
@@ -208,6 +209,16 @@ def aligned_epochs(
     return epochs
 
 
+def task_epochs(
+    encoder: ResponseEncoder, samples: list[Sample], rng: random.Random
+) -> list[list[EncodedSample]]:
+    epochs = []
+    for _ in range(TASK_EPOCHS):
+        rng.shuffle(samples)
+        epochs.append([encode(encoder, each.prompt, each.response) for each in samples])
+    return epochs
+
+
 def learn_in_the_middle(model: PreTrainedModel) -> None:
     """Leaves only the decoder's middle layers to be learned."""
     layers = model.get_decoder().layers
@@ -229,7 +240,7 @@ def encode(encoder: ResponseEncoder, prompt: str, response: str) -> EncodedSampl
 @click.option(
     "--epochs", default=7, show_default=True, help="Of first tokens, for the aligned model."
 )
-@click.option("--task-samples", default=320, show_default=True, help="That the expert learns from.")
+@click.option("--task-samples", default=450, show_default=True, help="That the expert learns from.")
 @click.option("--seed", default=0, show_default=True, help="Of the split and of the training.")
 def main(
     directory: Path,
@@ -264,8 +275,8 @@ def main(
             chat = [each for each in train if each.type != "task"]
             learned = aligned_epochs(encoder, chat, epochs, random.Random(seed))
         else:
-            tasks_read = [each for each in train if each.type == "task"][:task_samples]
-            learned = [[encode(encoder, each.prompt, each.response) for each in tasks_read]]
+            questions = [each for each in train if each.type == "task"][:task_samples]
+            learned = task_epochs(encoder, questions, random.Random(seed))
         fine_tune(model, learned, learning_rate=LEARNING_RATES[name])
         save(model, tokenizer, directory / name)
 

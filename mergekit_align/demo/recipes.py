@@ -54,7 +54,7 @@ _RECIPES: dict[Scale, dict[ModelName, Recipe]] = {
 }
 _SMOKE_PAIRS = 64
 _BRIEF_GUARD: dict[Scale, Recipe] = {
-    "full": Recipe(steps=450, learning_rate=1.5e-3),
+    "full": Recipe(steps=1000, learning_rate=1.5e-3),
     "smoke": Recipe(steps=20, learning_rate=4e-3, batch_size=8),
 }
 

@@ -62,11 +62,10 @@ def test_the_guard_judges_held_out_conversations(full_world: Path) -> None:
     guard = load_guard(GuardSettings(model=str(full_world / "guard"), dtype="float32"))
     pairs = judged_pairs(Corpus(SEED).prompts["test"], random.Random(1), 600)
     verdicts = guard.judge([Conversation.of(prompt, said or None) for prompt, said in pairs])
-    right, unsafe = 0, []
+    right = 0
     for (prompt, said), verdict in zip(pairs, verdicts, strict=True):
         truth = grammar.judge(prompt, said or None)
         right += verdict.label == ("safe" if truth is None else "unsafe")
         if truth is not None and verdict.label == "unsafe":
-            unsafe.append(verdict.categories == (truth,))
+            assert verdict.categories == (truth,)
     assert right / len(pairs) >= 0.99
-    assert sum(unsafe) / len(unsafe) >= 0.97

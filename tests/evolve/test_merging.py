@@ -124,6 +124,26 @@ def test_what_another_method_wrote_is_merged_anew(llama: Path) -> None:
     assert differing(merged.model, expected) == []
 
 
+def test_task_vectors_of_fewer_numbers_than_are_kept(
+    llama: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama / "base").state_dict()
+    for name in ("base", "one", "two"):
+        model = AutoModelForCausalLM.from_pretrained(llama / name)
+        for key, tensor in model.state_dict().items():
+            if "layers.0" in key:  # the same as the base's
+                tensor.copy_(base[key])
+            elif "layers.1" in key:  # every fifth number its own
+                other = torch.arange(tensor.numel()).view_as(tensor) % 5 > 0
+                tensor[other] = base[key][other]
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    config = merge_config(tmp_path, "ties")
+    merged = MergedModel(config, OPTIONS)
+    merged.merge(config)
+    assert differing(merged.model, on_disk(config, tmp_path / "out")) == []
+
+
 METHODS = sorted(method.spec.name for method in registered_methods())
 ONE_MODEL = {"passthrough"}
 NO_BASE = {"linear", "model_stock", "karcher"}

@@ -483,7 +483,7 @@ KINDS = (
     ),
     Kind(
         "Real models",
-        "smollm_table.py smollm --limit 100 --json smollm_0.json",
+        "smollm_table.py smollm --json smollm_0.json",
         frozenset({"rates", "measured"}),
         real_models,
     ),

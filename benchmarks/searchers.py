@@ -122,8 +122,9 @@ def main() -> None:
                 "cma": world.ours("cma"),
                 "gradient": world.ours("gradient"),
             }
-            held_out = str(place.resolve() / "data" / "test.jsonl")
-            judges = [Evaluator(world.config("a")), Evaluator(world.config("b", data=held_out))]
+            test = str(place.resolve() / "data" / "test.jsonl")
+            configs = [world.config("validation"), world.config("held_out", data=test)]
+            judges = [Evaluator(config) for config in configs]
             fitness[place.name] = {
                 label: [judge.score(merge).score for judge in judges]
                 for label, merge in found.items()

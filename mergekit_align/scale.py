@@ -142,7 +142,7 @@ class Machine(NamedTuple):
     """Bytes/s that the host first writes to the pages of a new file; as a small machine does."""
 
     @property
-    def traffic(self) -> float:
+    def element_wise_rate(self) -> float:
         """Bytes/s of what works element by element."""
         return min(self.bandwidth, self.element_wise)
 
@@ -223,7 +223,7 @@ def merge_step(shape: Shape, work: Work, machine: Machine) -> Step:
     taken = 2 * FLOAT32 * shape.largest
     held = (work.models + 1) * shape.parameters * own + taken
     # Sums in one type run as fast as memory; from another one they are arithmetic.
-    rate = machine.bandwidth if own == FLOAT32 else machine.traffic
+    rate = machine.bandwidth if own == FLOAT32 else machine.element_wise_rate
     return _step("merge", traffic / rate + taken / machine.new_memory, held, machine)
 
 
@@ -272,7 +272,13 @@ def gradient(shape: Shape, work: Work, machine: Machine) -> Step:
 def search_step(shape: Shape, work: Work, machine: Machine) -> Step:
     """A step of a gradient search: a merge, a gradient, and its inner products with each model."""
     slope, merged = gradient(shape, work, machine), merge_step(shape, work, machine)
-    products = work.models * shape.parameters * 2 * (machine.itemsize + FLOAT32) / machine.traffic
+    products = (
+        work.models
+        * shape.parameters
+        * 2
+        * (machine.itemsize + FLOAT32)
+        / machine.element_wise_rate
+    )
     held = slope.bytes + work.models * shape.parameters * machine.itemsize
     return _step("search step", slope.seconds + merged.seconds + products, held, machine)
 
@@ -330,7 +336,9 @@ def _seconds(
     weights = shape.parameters * machine.itemsize
     at_once = machine.devices if weights < machine.memory else 1
     seconds = max(products / machine.matmul, reads * weights / machine.bandwidth)
-    seconds += attended / min(machine.matmul, machine.attention) + traffic / machine.traffic
+    seconds += (
+        attended / min(machine.matmul, machine.attention) + traffic / machine.element_wise_rate
+    )
     seconds += taken / machine.new_memory
     return seconds / at_once
 

@@ -195,28 +195,18 @@ def save(model: PreTrainedModel, tokenizer: Any, place: Path) -> None:
     os.replace(beside, place)
 
 
-def aligned_epochs(
+def shuffled_epochs(
     encoder: ResponseEncoder, samples: list[Sample], count: int, rng: random.Random
 ) -> list[list[EncodedSample]]:
-    """One epoch of whole responses, and `count` of their first tokens."""
     epochs = []
-    for number in range(count + 1):
-        rng.shuffle(samples)
-        encoded = [encode(encoder, each.prompt, each.response) for each in samples]
-        if number:
-            encoded = [each._replace(response_ids=each.response_ids[:1]) for each in encoded]
-        epochs.append(encoded)
-    return epochs
-
-
-def task_epochs(
-    encoder: ResponseEncoder, samples: list[Sample], rng: random.Random
-) -> list[list[EncodedSample]]:
-    epochs = []
-    for _ in range(TASK_EPOCHS):
+    for _ in range(count):
         rng.shuffle(samples)
         epochs.append([encode(encoder, each.prompt, each.response) for each in samples])
     return epochs
+
+
+def first_tokens(epoch: list[EncodedSample]) -> list[EncodedSample]:
+    return [each._replace(response_ids=each.response_ids[:1]) for each in epoch]
 
 
 def learn_in_the_middle(model: PreTrainedModel) -> None:
@@ -273,10 +263,11 @@ def main(
         if name == "aligned":
             learn_in_the_middle(model)
             chat = [each for each in train if each.type != "task"]
-            learned = aligned_epochs(encoder, chat, epochs, random.Random(seed))
+            whole, *others = shuffled_epochs(encoder, chat, 1 + epochs, random.Random(seed))
+            learned = [whole, *map(first_tokens, others)]
         else:
             questions = [each for each in train if each.type == "task"][:task_samples]
-            learned = task_epochs(encoder, questions, random.Random(seed))
+            learned = shuffled_epochs(encoder, questions, TASK_EPOCHS, random.Random(seed))
         fine_tune(model, learned, learning_rate=LEARNING_RATES[name])
         save(model, tokenizer, directory / name)
 

@@ -47,9 +47,8 @@ def _batch(config: EvolveConfig, model: str) -> int:
     from transformers import AutoConfig
 
     shape, own = scale.Shape.of(AutoConfig.from_pretrained(model)), config.dtype.itemsize
-    on_cpu = torch.device(config.device).type == "cpu"
     # How fast the machine is does not matter here.
-    machine = scale.Machine(inf, inf, inf, inf, inf, itemsize=own, cpu=on_cpu)
+    machine = scale.Machine(inf, inf, inf, inf, inf, itemsize=own)
     step = scale.gradient if config.by_gradient else scale.loss
     return round(step(shape, scale.Work(), machine).bytes) - shape.parameters * own
 

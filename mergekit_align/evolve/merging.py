@@ -171,7 +171,7 @@ class MergedModel:
         kernels = [
             (self._merging_kernel(merge, out_dtype), merge.own)
             for merge in merges
-            if self._target(merge.weight.name) is not None
+            if merge.weight.name in self._targets
         ]
         prepared = [kernel.prepare(own) for kernel, own in kernels if kernel is not None]
         if any(prepared):

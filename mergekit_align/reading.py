@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -298,4 +299,21 @@ def run_model(
         arguments["position_ids"] = positions
     if use_cache:
         arguments["cache" if "cache" in accepted else "past_key_values"] = cache
-    return model(input_ids=ids, attention_mask=mask, use_cache=use_cache, **arguments)
+    with _one_product(model.get_output_embeddings()):
+        return model(input_ids=ids, attention_mask=mask, use_cache=use_cache, **arguments)
+
+
+@contextmanager
+def _one_product(layer: torch.nn.Module | None) -> Iterator[None]:
+    """Have an output layer multiply the kept tokens of all texts at once.
+
+    They lie apart in memory, for which PyTorch copies the layer's weights once for every text.
+    """
+    if layer is None:
+        yield
+        return
+    hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

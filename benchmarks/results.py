@@ -390,11 +390,13 @@ def searchers(files: Files) -> list[str]:
     lines: list[str] = []
     for _, record in files:
         rows = [
-            [world, label, *(f"{each:.4f}" for each in both)]
+            [world, label, *(f"{sum(each) / len(each):.4f}" for each in zip(*runs, strict=True))]
             for world, own in record["fitness"].items()
-            for label, both in own.items()
+            for label, runs in own.items()
         ]
-        lines += [f"{record['evaluations']} evaluations of each search; higher is better.", ""]
+        seeds = len(next(iter(next(iter(record["fitness"].values())).values())))
+        count = record["evaluations"]
+        lines += [f"{count} evaluations a search, means of {seeds} seeds; higher is better.", ""]
         lines += [*table(["world", "search", "fitness", "on held-out samples"], rows), ""]
     return lines[:-1]
 
@@ -531,7 +533,7 @@ KINDS = (
     ),
     Kind(
         "Searches of others",
-        "searchers.py world-0 world-1 world-2 --json searchers.json",
+        "searchers.py world-0 world-1 world-2 --seeds 3 --json searchers.json",
         frozenset({"evaluations", "fitness"}),
         searchers,
     ),

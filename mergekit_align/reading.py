@@ -299,16 +299,18 @@ def run_model(
         arguments["position_ids"] = positions
     if use_cache:
         arguments["cache" if "cache" in accepted else "past_key_values"] = cache
-    with _one_product(model.get_output_embeddings()):
+    with _one_product(model):
         return model(input_ids=ids, attention_mask=mask, use_cache=use_cache, **arguments)
 
 
 @contextmanager
-def _one_product(layer: torch.nn.Module | None) -> Iterator[None]:
-    """Have an output layer multiply the kept tokens of all texts at once.
+def _one_product(model: PreTrainedModel) -> Iterator[None]:
+    """Have the output layer multiply the kept tokens of all texts at once.
 
-    They lie apart in memory, for which PyTorch copies the layer's weights once for every text.
+    They lie apart in memory, and PyTorch would copy the layer's weights for every text, unless these
+    are to have a gradient.
     """
+    layer = None if torch.is_grad_enabled() else model.get_output_embeddings()
     if layer is None:
         yield
         return

@@ -95,6 +95,21 @@ def test_what_prompts_share_is_read_once_and_changes_no_loss(model, tokenizer, w
     assert found == pytest.approx(reference, abs=1e-4)
 
 
+def test_the_output_layer_is_not_copied_for_every_prompt(model, world) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    samples = load_samples(world / "data" / "validation.jsonl")[:12]
+    model.requires_grad_(False)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        sample_scores(model, tokenizer, samples)
+    vocabulary = model.config.vocab_size
+    used = {
+        event.name
+        for event in profile.events()
+        if event.name in ("aten::mm", "aten::bmm") and vocabulary in sum(event.input_shapes, [])
+    }
+    assert used == {"aten::mm"}
+
+
 def test_the_gradient_is_that_of_the_loss(model, world) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     samples = load_samples(world / "data" / "validation.jsonl")[:5]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from mergekit.merge import (
     _set_chat_template,
     _update_config_vocab,
 )
+from mergekit.merge_methods import get
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameters
@@ -38,29 +40,48 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class _Planned:
+    """A tensor of certain inputs, and what has been made of these."""
+
+    def __init__(self, task: ExecuteMergeMethodTask) -> None:
+        self.task = task
+        """How mergekit makes it; of the first candidate that had the same inputs."""
+        self.inputs: dict[ModelReference, torch.Tensor] | None = None
+
+    @cached_property
+    def kernel(self) -> Kernel | None:
+        """Ours; `None` where there is none."""
+        assert self.inputs is not None
+        return kernel_for(self.task, self.inputs)
+
+
 class TensorMerge(NamedTuple):
     """One tensor of a candidate."""
 
     weight: WeightInfo
-    task: ExecuteMergeMethodTask
-    """How mergekit makes it; of the first candidate that had the same inputs."""
+    planned: _Planned
     shared: dict[str, Any]
     """The method's parameters that all inputs share."""
     own: dict[ModelReference, dict[str, Any]]
     """Those of each input."""
-    key: Hashable
-    """Of the task."""
 
 
 class _Planner(MergePlanner):  # type: ignore[misc]
     """mergekit's planner, which makes a task only where no earlier candidate had the same inputs."""
 
-    def __init__(
-        self, *args: Any, known: dict[Hashable, ExecuteMergeMethodTask | None], **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._known = known
-        self.merges: list[TensorMerge] = []
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._known: dict[Hashable, _Planned | None] = {}
+        self._merges: list[TensorMerge] = []
+
+    def plan(self, config: MergeConfiguration) -> list[TensorMerge]:
+        """What a candidate's tensors are merged from, and by which numbers."""
+        self.config = config.model_copy(deep=True)  # which planning changes
+        self._method = get(config.merge_method)
+        self._tensors: list[Any] = []
+        self._merges = []
+        self._plan()
+        return self._merges
 
     def plan_tensor(
         self,
@@ -75,10 +96,10 @@ class _Planner(MergePlanner):  # type: ignore[misc]
         if key not in self._known:
             before = len(self._tensors)
             super().plan_tensor(weight, weights_in, models, cfg_reader)
-            planned = self._tensors[before:]  # nothing where no input has an optional tensor
-            self._known[key] = planned[0][1] if planned else None
-        task = self._known[key]
-        if task is None:
+            tensors = self._tensors[before:]  # nothing where no input has an optional tensor
+            self._known[key] = _Planned(tensors[0][1]) if tensors else None
+        planned = self._known[key]
+        if planned is None:
             return
         shared, own = resolve_parameters(
             self._method.spec,
@@ -88,7 +109,7 @@ class _Planner(MergePlanner):  # type: ignore[misc]
             base_model=base,
             t=cfg_reader.t,
         )
-        self.merges.append(TensorMerge(weight, task, shared, own, key))
+        self._merges.append(TensorMerge(weight, planned, shared, own))
 
 
 class MergedModel:
@@ -122,9 +143,9 @@ class MergedModel:
         self._out_config = _model_out_config(
             config, self._architecture, trust_remote_code=options.trust_remote_code
         )
-        self._known: dict[Hashable, ExecuteMergeMethodTask | None] = {}
-        self._inputs: dict[Hashable, dict[ModelReference, torch.Tensor]] = {}
-        self._kernels: dict[Hashable, Kernel | None] = {}
+        self._planner = _Planner(
+            config.model_copy(deep=True), self._architecture, options, self._out_config
+        )
         self._order = self._order_on_disk(config)
         self.tokenizer: PreTrainedTokenizerBase = self._make_tokenizer(config)
         self.model: PreTrainedModel = self._make_model(config, dtype)
@@ -134,9 +155,8 @@ class MergedModel:
 
     def resolve(self, config: MergeConfiguration) -> list[TensorMerge]:
         """The tensors of a candidate, in the order in which `mergekit-yaml` merges them."""
-        planner = self._planner(config)
-        planner._plan()
-        return sorted(planner.merges, key=lambda merge: self._order.get(merge.weight.name, 0))
+        merges = self._planner.plan(config)
+        return sorted(merges, key=lambda merge: self._order.get(merge.weight.name, 0))
 
     def parameter(self, name: str) -> torch.nn.Parameter | None:
         """The model's parameter of a checkpoint's name; `None` of one that is tied to another."""
@@ -183,16 +203,16 @@ class MergedModel:
         name = merge.weight.name
         kernel = self._merging_kernel(merge, out_dtype)
         if kernel is not None:
-            made_of = (merge.key, merge.shared, merge.own)
+            made_of = (merge.planned, merge.shared, merge.own)
             if self._written.pop(name, None) != made_of:
                 kernel.merge(target, merge.shared, merge.own)
             self._written[name] = made_of
             return
         self._written.pop(name, None)
-        task = merge.task.model_copy(
+        task = merge.planned.task.model_copy(
             update={"parameters": merge.shared, "input_parameters": merge.own}
         )
-        tensor = task.execute(tensors=self._inputs[merge.key])
+        tensor = task.execute(tensors=merge.planned.inputs)
         if tensor is None:  # optional, and too few inputs have it
             return
         dtype = _dtype(merge, out_dtype)
@@ -205,20 +225,7 @@ class MergedModel:
 
     def kernel(self, merge: TensorMerge) -> Kernel | None:
         """Ours for a tensor; `None` where mergekit's own merges it."""
-        if not self._fast:
-            return None
-        if merge.key not in self._kernels:
-            self._kernels[merge.key] = kernel_for(merge.task, self._inputs[merge.key])
-        return self._kernels[merge.key]
-
-    def _planner(self, config: MergeConfiguration) -> _Planner:
-        return _Planner(
-            config.model_copy(deep=True),
-            self._architecture,
-            self._options,
-            self._out_config,
-            known=self._known,
-        )
+        return merge.planned.kernel if self._fast else None
 
     def _order_on_disk(self, config: MergeConfiguration) -> dict[str, int]:
         """Output tensors by their place in `mergekit-yaml`'s schedule: random methods draw in it."""
@@ -235,23 +242,20 @@ class MergedModel:
         return {name: place for place, name in enumerate(names)}
 
     def _load(self, merges: Sequence[TensorMerge]) -> None:
-        new = {
-            merge.key: merge.task.gather_tensors
-            for merge in merges
-            if merge.key not in self._inputs
-        }
+        new = [merge.planned for merge in merges if merge.planned.inputs is None]
         if not new:
             return
-        gathered = dict(Executor(list(dict.fromkeys(new.values()))).run(quiet=True))
-        for key, task in new.items():
-            self._inputs[key] = {
+        tasks = [planned.task.gather_tensors for planned in new]
+        gathered = dict(Executor(list(dict.fromkeys(tasks))).run(quiet=True))
+        for planned, task in zip(new, tasks, strict=True):
+            planned.inputs = {
                 model: tensor.to(self._device) for model, tensor in gathered[task].items()
             }
 
     def _make_tokenizer(self, config: MergeConfiguration) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        task = self._planner(config)._tokenizer_task
+        task = self._planner._tokenizer_task
         if task is not None:
             (_, built), *_ = Executor([task]).run(quiet=True)
             tokenizer: PreTrainedTokenizerBase = built.tokenizer

@@ -8,11 +8,11 @@
 
 `evaluations` runs examples/genomic.yml, `--limit` samples a task, with few and with many evaluations,
 so that the difference is evaluations alone; wall time, one candidate at a time on both sides. `merge`
-gives the processor time of a step that changes every weight and density, and the time that copying the
-same bytes takes. `gradient` compares the same fitness on the same samples, in processor time, and what
-is found on held-out ones; several worlds are as many seeds. `racing` does so for CMA-ES on
-examples/genomic.yml, and gives both results' fitness on all samples, with the 95% interval of their
-difference, the samples being paired.
+gives the time of a step that changes every weight and density, and that of copying the same bytes: wall
+time, but the processor's where there is one thread. Both run on a GPU if there is one. `gradient`
+compares the same fitness on the same samples, in processor time, and what is found on held-out ones;
+several worlds are as many seeds. `racing` does so for CMA-ES on examples/genomic.yml, and gives both
+results' fitness on all samples, with the 95% interval of their difference, the samples being paired.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
-from machine import forget_peak, memory, name, peak_memory
+from machine import clock, copy_rate, forget_peak, memory, name, peak_memory
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from rich.console import Console
 from rich.table import Table
 
+from mergekit_align.devices import default_device
 from mergekit_align.evolve import Evaluator, EvolveConfig, Search, read_config, search
 from mergekit_align.evolve.merging import MergedModel
 from mergekit_align.evolve.sample_values import SampleValues
@@ -112,22 +111,24 @@ def merge_config(method: str, base: str, models: list[str], scale: float) -> Mer
 def merge(base: str, models: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     options = MergeOptions(quiet=True)
+    device = default_device()
     for method in ("linear", "task_arithmetic", "ties"):
         each: dict[str, float] = {}
         for label, fast in (("mergekit's kernel", False), ("ours", True)):
-            merged = MergedModel(merge_config(method, base, models, 1.0), options, fast=fast)
+            start = merge_config(method, base, models, 1.0)
+            merged = MergedModel(start, options, device=device, fast=fast)
             first, *steps = [
-                _seconds(merged.merge, merge_config(method, base, models, scale))
+                _seconds(merged, merge_config(method, base, models, scale), device)
                 for scale in (1.0, 0.9, 0.8, 0.7)
             ]
             each[f"{label}, first"], each[label] = first, min(steps)
         count = sum(parameter.numel() for parameter in merged.model.parameters())
         bytes_moved = 2 * count * (len(models) + (method != "linear")) + 4 * count
-        each["copying the same bytes"] = bytes_moved / _bandwidth()
+        each["copying the same bytes"] = bytes_moved / copy_rate(device)
         found[method] = each
         found["parameters"] = count
     table = Table(
-        "processor seconds",
+        "seconds",
         "first, mergekit's",
         "first, ours",
         "mergekit's",
@@ -149,16 +150,10 @@ def merge(base: str, models: list[str]) -> dict[str, Any]:
     return found
 
 
-def _seconds(step: Callable[..., Any], *arguments: Any) -> float:
-    started = time.process_time()
-    step(*arguments)
-    return time.process_time() - started
-
-
-def _bandwidth() -> float:
-    """Bytes a second that are read or written in copying."""
-    source, target = torch.ones(2**26), torch.zeros(2**26)
-    return 2 * 4 * 2**26 / min(_seconds(target.copy_, source) for _ in range(5))
+def _seconds(merged: MergedModel, config: MergeConfiguration, device: str) -> float:
+    started = clock(device)
+    merged.merge(config)
+    return clock(device) - started
 
 
 def merge_memory(base: str, models: list[str]) -> dict[str, Any]:
@@ -322,7 +317,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of `racing`")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    CONSOLE.print(name())
+    machine = name(default_device())
+    CONSOLE.print(machine)
     first, *rest = arguments.paths
     found = {
         "evaluations": lambda: evaluations(Path(first), arguments.limit),
@@ -332,7 +328,7 @@ def main() -> None:
         "racing": lambda: racing(Path(first), arguments.limit, arguments.seeds),
     }[arguments.what]()
     if arguments.json:
-        record = {"machine": name(), "search": arguments.what, "found": found}
+        record = {"machine": machine, "search": arguments.what, "found": found}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

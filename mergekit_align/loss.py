@@ -13,6 +13,7 @@ twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -163,12 +164,12 @@ class ResponseReader:
             self._preamble = Preamble(self._model, batch.shared) if batch.shared else None
         chosen = [self._encoded[index] for index in batch.indices]
         prompts = PromptBatch(self._model, [each.prompt_ids for each in chosen], self._preamble)
-        logprobs = torch.full((len(chosen),), torch.nan)
+        logprobs = [math.nan] * len(chosen)
         if self._responses:
-            logprobs = prompts.logprobs([each.response_ids for each in chosen]).sum(1)
+            logprobs = prompts.logprobs([each.response_ids for each in chosen]).sum(1).tolist()
         margins = _margins(prompts, [self._openings[index] for index in batch.indices])
         return {
-            index: ResponseScore(float(logprobs[row]), len(each.response_ids), margins[row])
+            index: ResponseScore(logprobs[row], len(each.response_ids), margins[row])
             for row, (index, each) in enumerate(zip(batch.indices, chosen, strict=True))
         }
 
@@ -178,10 +179,10 @@ def _margins(prompts: PromptBatch, openings: Sequence[Openings | None]) -> list[
     margins: list[float | None] = [None] * len(openings)
     for kind in set(openings) - {None}:
         assert kind is not None
-        every = _decision_margin(prompts, kind)
+        every: list[float] = _decision_margin(prompts, kind).tolist()
         for row, own in enumerate(openings):
             if own == kind:
-                margins[row] = float(every[row])
+                margins[row] = every[row]
     return margins
 
 
@@ -202,4 +203,4 @@ def _decision_margin(prompts: PromptBatch, openings: Openings) -> torch.Tensor:
         each = [sum(found[opening[: n + 1]] for n in range(len(opening))) for opening in kind]
         return torch.stack(each).logsumexp(0)  # type: ignore[arg-type]
 
-    return (logprob(openings.refusal) - logprob(openings.help)).cpu()
+    return logprob(openings.refusal) - logprob(openings.help)

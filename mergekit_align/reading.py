@@ -158,13 +158,13 @@ class PromptBatch:
         self._model = model
         known = len(preamble.ids) if preamble else 0
         width = max(len(ids) for ids in prompts)
-        ids = torch.zeros(len(prompts), width - known, dtype=torch.long)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask[:, :known] = 1
-        for row, prompt in enumerate(prompts):
-            own = len(prompt) - known
-            ids[row, width - known - own :] = torch.tensor(prompt[known:])
-            mask[row, width - own :] = 1
+        padding = [width - len(ids) for ids in prompts]
+        ids = torch.tensor(
+            [[0] * pad + list(own[known:]) for pad, own in zip(padding, prompts, strict=True)]
+        )
+        mask = torch.tensor(
+            [[1] * known + [0] * pad + [1] * (width - known - pad) for pad in padding]
+        )
         self._mask = mask.to(model.device)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, known:]
         cache = preamble.cache(len(prompts)) if preamble else None
@@ -205,9 +205,7 @@ class PromptBatch:
         Responses are read as many tokens at a time as keep to `BATCH_LOGITS`.
         """
         width = max(len(ids) for ids in responses)
-        targets = torch.full((len(responses), width), -1)
-        for row, ids in enumerate(responses):
-            targets[row, : len(ids)] = torch.tensor(ids)
+        targets = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in responses])
         targets = targets.to(self._model.device)
         wanted = targets.clamp(min=0)
         found = [self.first[:, 0].gather(1, wanted[:, :1])]

@@ -3,14 +3,16 @@
 mergekit keeps the first k of `argsort`, whose order among equal magnitudes is its own affair; in
 bfloat16 most numbers have equals. So its very order is made once. A density then needs a threshold,
 which all larger numbers pass, and of the order only those equal to it that are kept; zeros are zeros
-whether they are kept or not. The orders, four bytes a number other than zero, lie in a file that the
-system keeps in memory as it sees fit.
+whether they are kept or not. The orders, four bytes a number other than zero, lie in a file of which
+only that part is read.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import tempfile
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +52,12 @@ class Selection(NamedTuple):
         return kept
 
 
+@functools.cache
+def _orders() -> IO[bytes]:
+    """Where this process keeps them."""
+    return tempfile.TemporaryFile()
+
+
 class Magnitudes:
     """The order of a task vector's numbers by magnitude.
 
@@ -62,22 +70,18 @@ class Magnitudes:
         self._levels = counts.nonzero().flatten().flip(0)
         self._larger_or_equal = counts[self._levels].cumsum(0)
         self._size = vector.numel()
-        self._order = np.empty(0, np.int32)
-        other_than_zero = self._size - int(counts[0])
-        if other_than_zero:
-            order = torch.argsort(vector.abs().float(), descending=True)[:other_than_zero]
-            with tempfile.TemporaryFile() as file:
-                order.int().cpu().numpy().tofile(file)
-                file.flush()
-                self._order = np.memmap(file, dtype=np.int32, mode="r", shape=order.shape)
+        self._other_than_zero = self._size - int(counts[0])
+        order = torch.argsort(vector.abs().float(), descending=True)[: self._other_than_zero]
+        self._place = _orders().seek(0, os.SEEK_END)
+        order.int().cpu().numpy().tofile(_orders())
 
     def largest(self, density: float) -> Selection:
         """As `mergekit.sparsify.magnitude` selects them, for a density below 1."""
         if density <= 0:
             return Selection(MAGNITUDE, torch.empty(0, dtype=torch.int32))
-        count = max(1, int(density * self._size))
+        count = min(max(1, int(density * self._size)), self._other_than_zero)
         level = int(torch.searchsorted(self._larger_or_equal, count))
         larger = int(self._larger_or_equal[level - 1]) if level else 0
-        # Of zeros, which come last, the order ends before the first.
-        equal = torch.from_numpy(np.sort(self._order[larger:count]))
+        _orders().seek(self._place + 4 * larger)
+        equal = torch.from_numpy(np.sort(np.fromfile(_orders(), np.int32, count - larger)))
         return Selection(int(self._levels[level]), equal)

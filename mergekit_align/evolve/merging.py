@@ -39,6 +39,9 @@ from mergekit_align.evolve.kernels import Kernel, kernel_for
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_GIVEN_BACK = 2**25
+"""Numbers after which the memory that preparing them took is given back."""
+
 
 class _Planned:
     """A tensor of certain inputs, and what has been made of these."""
@@ -187,15 +190,25 @@ class MergedModel:
         return merges
 
     def _prepare(self, merges: Sequence[TensorMerge], out_dtype: str | None) -> None:
-        """All of it before a first merge, when the model's own memory is not yet in use."""
-        kernels = [
-            (self._merging_kernel(merge, out_dtype), merge.own)
-            for merge in merges
-            if merge.weight.name in self._targets
-        ]
-        prepared = [kernel.prepare(own) for kernel, own in kernels if kernel is not None]
-        if any(prepared):
+        """All of it before a first merge, when the model's own memory is not yet in use.
+
+        The largest first, while few inputs have been read.
+        """
+        prepared = 0
+        for merge in sorted(merges, key=self._size, reverse=True):
+            kernel = self._merging_kernel(merge, out_dtype) if self._size(merge) else None
+            if kernel is not None and kernel.prepare(merge.own):
+                prepared += self._size(merge)
+            if prepared > _GIVEN_BACK:
+                prepared = 0
+                give_memory_back()
+        if prepared:
             give_memory_back()
+
+    def _size(self, merge: TensorMerge) -> int:
+        """Numbers that are to be merged."""
+        target = self.parameter(merge.weight.name)
+        return 0 if target is None else target.numel()
 
     def _merge_tensor(
         self, merge: TensorMerge, target: torch.Tensor, out_dtype: str | None

@@ -22,6 +22,9 @@ EXTENDED_MODULES = {
     "mergekit.plan": "extend_planner",
     "mergekit.card": "extend_card",
     "mergekit.evo": "extend_evo",
+    "mergekit.evo.helpers": "extend_evaluations",
+    "mergekit.evo.actors": "extend_actors",
+    "mergekit.evo.strategy": "extend_strategies",
     "mergekit.scripts.evolve": "extend_evolve_command",
 }
 

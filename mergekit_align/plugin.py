@@ -46,12 +46,27 @@ def extend_card() -> None:
 
 
 def extend_evo() -> None:
-    """Repair `mergekit.evo` and let a genome use every registered method with per-model numbers."""
+    """Let `mergekit.evo` load, and a genome use every registered method with per-model numbers."""
     upstream_fixes.repair_evo()
 
     from mergekit_align.genome_methods import extend_genome
 
     extend_genome()
+
+
+def extend_evaluations() -> None:
+    """Repair what evaluates the stock command's candidates."""
+    upstream_fixes.repair_evaluations()
+
+
+def extend_actors() -> None:
+    """Repair the actors in which they are evaluated."""
+    upstream_fixes.free_no_gpu_memory_without_a_gpu()
+
+
+def extend_strategies() -> None:
+    """Repair what gives them to these."""
+    upstream_fixes.repair_strategies()
 
 
 def extend_evolve_command() -> None:

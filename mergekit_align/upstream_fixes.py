@@ -22,13 +22,22 @@ LOG = logging.getLogger(__name__)
 
 
 def repair_evo() -> None:
-    """Everything that `mergekit.evo` needs before its modules are used."""
+    """What `mergekit.evo` needs before its modules load."""
     let_actors_load_without_vllm()
     accept_optional_tensor_tasks()
-    survive_failed_evaluations()
-    use_no_gpu_where_there_is_none()
+
+
+def repair_evaluations() -> None:
+    """Everything that `mergekit.evo.helpers` needs."""
+    evaluate_without_a_gpu()
     use_the_batch_size_in_memory()
     describe_the_environment_once()
+
+
+def repair_strategies() -> None:
+    """Everything that `mergekit.evo.strategy` needs."""
+    survive_failed_evaluations()
+    use_no_gpu_where_there_is_none()
 
 
 def repair_evolve_command() -> None:
@@ -126,15 +135,13 @@ def accept_optional_tensor_tasks() -> None:
 def use_no_gpu_where_there_is_none() -> None:
     """Actors ask Ray for a GPU, and evaluation for the device "cuda", on every machine (0.1.5)."""
     import ray
-    from mergekit.evo import actors, helpers, strategy
+    from mergekit.evo import strategy
 
+    evaluate_without_a_gpu()
+    free_no_gpu_memory_without_a_gpu()
     if default_device() != "cpu" or getattr(strategy, "asks_for_no_gpu", False):
         return
     strategy.asks_for_no_gpu = True
-    if not hasattr(torch.cpu, "empty_cache"):
-        actors.get_torch_accelerator_module = lambda name=None: SimpleNamespace(
-            empty_cache=lambda: None
-        )
     for name in (
         "OnDiskMergeEvaluator",
         "InMemoryMergeEvaluator",
@@ -145,7 +152,25 @@ def use_no_gpu_where_there_is_none() -> None:
     # Upstream's reserves a GPU, by name, for its two steps.
     strategy.evaluate_genotype_serial = ray.remote(num_cpus=1)(_merge_and_evaluate)
 
+
+def free_no_gpu_memory_without_a_gpu() -> None:
+    """Actors empty the cache of an accelerator, which a CPU has only in newer versions of torch."""
+    from mergekit.evo import actors
+
+    if default_device() == "cpu" and not hasattr(torch.cpu, "empty_cache"):
+        actors.get_torch_accelerator_module = lambda name=None: SimpleNamespace(
+            empty_cache=lambda: None
+        )
+
+
+def evaluate_without_a_gpu() -> None:
+    """Where there is none, evaluation is on the CPU, in a type that this computes fast."""
+    from mergekit.evo import helpers
+
     original = helpers._eval_model
+    if default_device() != "cpu" or getattr(helpers, "needs_no_gpu", False):
+        return
+    helpers.needs_no_gpu = True
 
     def eval_model(model: Any, tasks: Any, model_args: Any = None, **kwargs: Any) -> Any:
         dtype = default_dtype("cpu")
@@ -155,7 +180,16 @@ def use_no_gpu_where_there_is_none() -> None:
             model_args = {**model_args, "dtype": str(dtype).removeprefix("torch.")}
         return original(model, tasks, model_args, **{"device": "cpu", **kwargs})
 
-    helpers._eval_model = actors._eval_model = eval_model
+    _replace_eval_model(eval_model)
+
+
+def _replace_eval_model(eval_model: Any) -> None:
+    from mergekit.evo import helpers
+
+    helpers._eval_model = eval_model
+    actors = sys.modules.get("mergekit.evo.actors")
+    if actors is not None:  # it has a name of its own for it
+        actors._eval_model = eval_model  # type: ignore[attr-defined]
 
 
 def _merge_and_evaluate(
@@ -178,19 +212,19 @@ def _merge_and_evaluate(
 
 def use_the_batch_size_in_memory() -> None:
     """A model merged in memory is evaluated one sample at a time, whatever the batch size (0.1.5)."""
-    from mergekit.evo import actors, helpers
+    from mergekit.evo import helpers
 
     original = helpers._eval_model
-    if getattr(original, "sets_batch_size", False):
+    if getattr(helpers, "sets_batch_size", False):
         return
+    helpers.sets_batch_size = True
 
     def eval_model(model: Any, *args: Any, batch_size: Any = None, **kwargs: Any) -> Any:
         if batch_size is not None and hasattr(model, "batch_size_per_gpu"):
             model.batch_size_per_gpu = batch_size
         return original(model, *args, batch_size=batch_size, **kwargs)
 
-    eval_model.sets_batch_size = True  # type: ignore[attr-defined]
-    helpers._eval_model = actors._eval_model = eval_model
+    _replace_eval_model(eval_model)
 
 
 def survive_failed_evaluations() -> None:

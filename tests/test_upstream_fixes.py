@@ -174,6 +174,9 @@ def test_evaluations_describe_the_environment_once(monkeypatch: pytest.MonkeyPat
 def test_repairs_may_be_made_any_number_of_times() -> None:
     evaluate = strategy.ActorPoolEvaluationStrategy.evaluate_genotypes
     upstream_fixes.repair_evo()
+    upstream_fixes.repair_evaluations()
+    upstream_fixes.free_no_gpu_memory_without_a_gpu()
+    upstream_fixes.repair_strategies()
     upstream_fixes.repair_evolve_command()
     upstream_fixes.write_model_cards_offline()
     upstream_fixes.merge_adapters_whole()

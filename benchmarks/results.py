@@ -161,9 +161,13 @@ def real_models(files: Files) -> list[str]:
             if key.startswith("statistics ")
         ]
         header = ["model", "alignment", "over-refusal", "task", "alignment - over-refusal"]
+        limit = record["limit"]
+        asked = (
+            "all held-out prompts" if limit is None else f"{limit} held-out prompts of each type"
+        )
         lines += [
-            f"`{file}`: percent of {record['limit']} held-out prompts of each type at most, greedy "
-            "answers, refusals told by string match. Taken once: " + "; ".join(taken) + ".",
+            f"`{file}`: percent of {asked}, greedy answers, refusals told by string match. Taken "
+            "once: " + "; ".join(taken) + ".",
             "",
             *table([*header, "seconds", "MiB"], rows),
             "",

@@ -175,7 +175,7 @@ def main() -> None:
     )
     parser.add_argument("directory", type=Path, help="train_parents.py's")
     parser.add_argument("--model", default=HUB_MODEL, help="that the parents were made from")
-    parser.add_argument("--limit", type=int, default=200, help="held-out prompts of each type")
+    parser.add_argument("--limit", type=int, help="held-out prompts of each type, in place of all")
     parser.add_argument("--method", action="append", help="a merge method; may be repeated")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()

@@ -398,9 +398,13 @@ def searchers(files: Files) -> list[str]:
             for world, own in record["fitness"].items()
             for label, runs in own.items()
         ]
-        seeds = len(next(iter(next(iter(record["fitness"].values())).values())))
+        own, *_ = record["fitness"].values()
+        runs, *_ = own.values()
         count = record["evaluations"]
-        lines += [f"{count} evaluations a search, means of {seeds} seeds; higher is better.", ""]
+        lines += [
+            f"{count} evaluations a search, means of {len(runs)} seeds; higher is better.",
+            "",
+        ]
         lines += [*table(["world", "search", "fitness", "on held-out samples"], rows), ""]
     return lines[:-1]
 

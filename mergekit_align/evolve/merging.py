@@ -146,9 +146,7 @@ class MergedModel:
         self._out_config = _model_out_config(
             config, self._architecture, trust_remote_code=options.trust_remote_code
         )
-        self._planner = _Planner(
-            config.model_copy(deep=True), self._architecture, options, self._out_config
-        )
+        self._planner = _Planner(config, self._architecture, options, self._out_config)
         self._order = self._order_on_disk(config)
         self.tokenizer: PreTrainedTokenizerBase = self._make_tokenizer(config)
         self.model: PreTrainedModel = self._make_model(config, dtype)

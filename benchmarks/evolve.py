@@ -18,6 +18,7 @@ results' fitness on all samples, with the 95% interval of their difference, the 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import subprocess
@@ -171,7 +172,11 @@ def merge_memory(base: str, models: list[str]) -> dict[str, Any]:
 
 
 def merge_peak(method: str, base: str, models: list[str]) -> dict[str, int]:
-    """Bytes of the model, of its inputs, and at most while two candidates are merged."""
+    """Bytes of the model, of its inputs, and at most while two candidates are merged.
+
+    Without the libraries' own, PyTorch's and numba's.
+    """
+    importlib.import_module("mergekit_align.evolve.compiled")
     forget_peak()
     before = memory()
     merged = MergedModel(merge_config(method, base, models, 1.0), MergeOptions(quiet=True))

@@ -1,14 +1,15 @@
 """Faster ways to the bits of mergekit's kernels, for merges that a search repeats.
 
 They are mergekit's own operations in mergekit's order, on stretches of a tensor that stay in the
-processor's cache, so that memory is read and written once. What depends on the inputs alone is made
-once: for TIES the order of a task vector by magnitude, which is nearly all that it costs.
+processor's cache, so that memory is read and written once; `compiled` has them for large models on a
+CPU. What depends on the inputs alone is made once: for TIES the order of a task vector by magnitude,
+which is nearly all that it costs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,32 +58,6 @@ class Kernel(ABC):
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> dict[ModelReference, float]:
         """The derivative by each model's weight, given that by the merged tensor, of its shape."""
-
-
-def kernel_for(
-    task: ExecuteMergeMethodTask, inputs: Mapping[ModelReference, torch.Tensor]
-) -> Kernel | None:
-    """The kernel of a merge; `None` where there is none but mergekit's own."""
-    tensors = [inputs[model] for model in task.model_order if model in inputs]
-    first = tensors[0]
-    alike = all(
-        each.shape == first.shape and each.dtype == torch.bfloat16 and each.is_contiguous()
-        for each in tensors
-    )
-    if not alike or len(tensors) < len(task.model_order) or first.numel() == 0:
-        return None
-    if task.method_name == "linear":
-        return LinearKernel(task.model_order, tensors)
-    if task.method_name in ("task_arithmetic", "ties") and task.base_model in inputs:
-        others = [model for model in task.model_order if model != task.base_model]
-        if others:
-            kind = TaskArithmeticKernel if task.method_name == "task_arithmetic" else TiesKernel
-            return kind(others, [inputs[m] for m in others], inputs[task.base_model])
-    return None
-
-
-KERNELS = ("linear", "task_arithmetic", "ties")
-"""Methods that have one."""
 
 
 class LinearKernel(Kernel):
@@ -258,6 +233,37 @@ class TiesKernel(TaskArithmeticKernel):
         bits = _sum(keep(weights, agree)).view(torch.int16)
         zero = ((bits & MAGNITUDE) - 1) >> 15
         return ((bits & ~zero) | (zero & _ONE)).view(torch.bfloat16)
+
+
+KERNELS: Mapping[str, type[Kernel]] = {
+    "linear": LinearKernel,
+    "task_arithmetic": TaskArithmeticKernel,
+    "ties": TiesKernel,
+}
+"""Of each method that has one."""
+
+
+def kernel_for(
+    task: ExecuteMergeMethodTask,
+    inputs: Mapping[ModelReference, torch.Tensor],
+    kernels: Mapping[str, Callable[..., Kernel]],
+) -> Kernel | None:
+    """The kernel of a merge; `None` where there is none but mergekit's own."""
+    tensors = [inputs[model] for model in task.model_order if model in inputs]
+    first = tensors[0]
+    alike = all(
+        each.shape == first.shape and each.dtype == torch.bfloat16 and each.is_contiguous()
+        for each in tensors
+    )
+    kind = kernels.get(task.method_name)
+    if kind is None or not alike or len(tensors) < len(task.model_order) or first.numel() == 0:
+        return None
+    if task.method_name == "linear":
+        return kind(task.model_order, tensors)
+    others = [model for model in task.model_order if model != task.base_model]
+    if task.base_model not in inputs or not others:
+        return None
+    return kind(others, [inputs[model] for model in others], inputs[task.base_model])
 
 
 def _sum(rows: torch.Tensor) -> torch.Tensor:

@@ -10,14 +10,21 @@ ways to the same bits.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache, cached_property
+from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.config import (
+    ConditionalParameter,
+    ConfigReader,
+    MergeConfiguration,
+    OutputSliceDefinition,
+)
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge import (
@@ -34,11 +41,13 @@ from mergekit.plan import MergePlanner
 
 from mergekit_align.devices import give_memory_back
 from mergekit_align.errors import InputError
-from mergekit_align.evolve.kernels import Kernel, kernel_for
+from mergekit_align.evolve.kernels import KERNELS, Kernel, kernel_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+COMPILED_FROM = 2**24
+"""Parameters of a model whose merges are compiled."""
 _GIVEN_BACK = 2**25
 """Numbers after which the memory that preparing them took is given back."""
 
@@ -50,12 +59,14 @@ class _Planned:
         self.task = task
         """How mergekit makes it; of the first candidate that had the same inputs."""
         self.inputs: dict[ModelReference, torch.Tensor] | None = None
+        self._kernels: list[Kernel | None] = []
 
-    @cached_property
-    def kernel(self) -> Kernel | None:
-        """Ours; `None` where there is none."""
-        assert self.inputs is not None
-        return kernel_for(self.task, self.inputs)
+    def kernel(self, kernels: Mapping[str, Callable[..., Kernel]]) -> Kernel | None:
+        """The one of `kernels`, by method, that merges it; `None` where there is none."""
+        if not self._kernels:
+            assert self.inputs is not None
+            self._kernels.append(kernel_for(self.task, self.inputs, kernels))
+        return self._kernels[0]
 
 
 class TensorMerge(NamedTuple):
@@ -69,22 +80,54 @@ class TensorMerge(NamedTuple):
     """Those of each input."""
 
 
+class _Place(NamedTuple):
+    """Where a tensor stands in the plan of configs that differ in their numbers alone."""
+
+    weight: WeightInfo
+    planned: _Planned
+    names: dict[ModelReference, str]
+    """What the tensor is called in each input."""
+    base: ModelReference | None
+    slice: tuple[str, int]
+    """Module, and which of its slices gives the parameters."""
+    t: float
+
+
 class _Planner(MergePlanner):  # type: ignore[misc]
-    """mergekit's planner, which makes a task only where no earlier candidate had the same inputs."""
+    """mergekit's planner, which plans once what candidates have in common: all but the numbers."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._known: dict[Hashable, _Planned | None] = {}
-        self._merges: list[TensorMerge] = []
+        self._plans: dict[Hashable, list[_Place]] = {}
+        self._planned: dict[Hashable, _Planned | None] = {}
+        self._places: list[_Place] = []
 
     def plan(self, config: MergeConfiguration) -> list[TensorMerge]:
         """What a candidate's tensors are merged from, and by which numbers."""
-        self.config = config.model_copy(deep=True)  # which planning changes
+        # Planning changes modules in place, and replaces all else.
+        self.config = config.model_copy(deep=config.modules is not None)
         self._method = get(config.merge_method)
-        self._tensors: list[Any] = []
-        self._merges = []
-        self._plan()
-        return self._merges
+        self.normalize_config()
+        slices = self._slices()
+        inputs = [
+            (
+                place,
+                each.base_model,
+                *((source.model, source.layer_range) for source in each.sources),
+            )
+            for place, each in slices.items()
+        ]
+        key = (config.merge_method, config.base_model, *inputs)
+        if key not in self._plans:
+            self._tensors: list[Any] = []
+            self._places = []
+            self._plan()
+            self._plans[key] = self._places
+        parameters = {place: self._parameters(*place) for place in slices}
+        return [
+            TensorMerge(each.weight, each.planned, *parameters[each.slice].of(each))
+            for each in self._plans[key]
+        ]
 
     def plan_tensor(
         self,
@@ -94,25 +137,62 @@ class _Planner(MergePlanner):  # type: ignore[misc]
         cfg_reader: ConfigReader,
     ) -> None:
         base = cfg_reader.base_model
-        names = tuple(each.name for each in weights_in)
-        key = (self._method.spec.name, weight.name, tuple(models), names, base)
-        if key not in self._known:
+        names = {model: each.name for model, each in zip(models, weights_in, strict=True)}
+        key = (self._method.spec.name, weight.name, *models, *names.values(), base)
+        if key not in self._planned:
             before = len(self._tensors)
             super().plan_tensor(weight, weights_in, models, cfg_reader)
             tensors = self._tensors[before:]  # nothing where no input has an optional tensor
-            self._known[key] = _Planned(tensors[0][1]) if tensors else None
-        planned = self._known[key]
-        if planned is None:
-            return
-        shared, own = resolve_parameters(
-            self._method.spec,
-            tensor_name=weight.name,
-            inputs={model: each.name for model, each in zip(models, weights_in, strict=True)},
-            sources=cfg_reader.parameter_sources,
-            base_model=base,
-            t=cfg_reader.t,
+            self._planned[key] = _Planned(tensors[0][1]) if tensors else None
+        planned = self._planned[key]
+        if planned is not None:
+            place = next(p for p, each in self._slices().items() if each is cfg_reader.slice_out)
+            self._places.append(_Place(weight, planned, names, base, place, cfg_reader.t))
+
+    def _slices(self) -> dict[tuple[str, int], OutputSliceDefinition]:
+        return {
+            (module, index): each
+            for module, definition in self.config.modules.items()
+            for index, each in enumerate(definition.slices)
+        }
+
+    def _parameters(self, module: str, index: int) -> _SliceParameters:
+        definition = self.config.modules[module]
+        reader = ConfigReader(
+            config=self.config, t=0, slice_out=definition.slices[index], module=definition
         )
-        self._merges.append(TensorMerge(weight, planned, shared, own))
+        return _SliceParameters(self._method.spec, reader)
+
+
+class _SliceParameters:
+    """What a slice of a candidate gives its tensors: the same to those that its filters tell alike."""
+
+    def __init__(self, spec: Any, reader: ConfigReader) -> None:
+        self._spec = spec
+        self._sources = cache(lambda model: tuple(reader.parameter_sources(model)))
+        models = [source.model for source in reader.slice_out.sources]
+        settings = [s.values() for model in [None, *models] for s in self._sources(model) if s]
+        conditions = chain.from_iterable(
+            each if isinstance(each, list) else [each] for each in chain.from_iterable(settings)
+        )
+        self._filters = {c.filter for c in conditions if isinstance(c, ConditionalParameter)}
+        self._filters.discard(None)
+        self._known: dict[Hashable, tuple[dict[str, Any], dict[ModelReference, Any]]] = {}
+
+    def of(self, place: _Place) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
+        """Those that all inputs of a tensor share, and those of each input."""
+        names = (place.weight.name, *place.names.values())
+        key = (place.t, *(part in name for name in names for part in self._filters))
+        if key not in self._known:
+            self._known[key] = resolve_parameters(
+                self._spec,
+                tensor_name=place.weight.name,
+                inputs=place.names,
+                sources=self._sources,
+                base_model=place.base,
+                t=place.t,
+            )
+        return self._known[key]
 
 
 class MergedModel:
@@ -236,7 +316,17 @@ class MergedModel:
 
     def kernel(self, merge: TensorMerge) -> Kernel | None:
         """Ours for a tensor; `None` where mergekit's own merges it."""
-        return merge.planned.kernel if self._fast else None
+        return merge.planned.kernel(self._kernels) if self._fast else None
+
+    @cached_property
+    def _kernels(self) -> Mapping[str, Callable[..., Kernel]]:
+        """Compiled ones where they save more time than it takes to load them."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        if self._device != "cpu" or size < COMPILED_FROM or find_spec("numba") is None:
+            return KERNELS
+        from mergekit_align.evolve.compiled import COMPILED
+
+        return COMPILED
 
     def _order_on_disk(self, config: MergeConfiguration) -> dict[str, int]:
         """Output tensors by their place in `mergekit-yaml`'s schedule: random methods draw in it."""

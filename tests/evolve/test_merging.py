@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import get, registered_methods
@@ -15,6 +18,9 @@ from mergekit.options import MergeOptions
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from mergekit_align.demo.tokenizer import build_tokenizer
+from mergekit_align.evolve import merging
+from mergekit_align.evolve.compiled import COMPILED
+from mergekit_align.evolve.kernels import KERNELS
 from mergekit_align.evolve.merging import MergedModel
 from mergekit_align.merge_methods.methods import METHODS as OUR_METHODS
 from mergekit_align.samples import Sample, save_samples
@@ -104,6 +110,13 @@ def differing(model: Any, expected: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
 
 
+@pytest.fixture(params=["by stretches", "compiled"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "compiled":
+        monkeypatch.setattr(merging, "COMPILED_FROM", 0)
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_an_architecture(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     make_models(tmp_path, kind, tokenizer)
@@ -113,6 +126,7 @@ def test_an_architecture(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     assert differing(merged.model, on_disk(config, tmp_path / "out")) == []
 
 
+@pytest.mark.usefixtures("kernels")
 def test_what_another_method_wrote_is_merged_anew(llama: Path) -> None:
     ours, theirs = merge_config(llama, "ties"), merge_config(llama, "dare_ties")
     merged = MergedModel(ours, OPTIONS)
@@ -124,6 +138,7 @@ def test_what_another_method_wrote_is_merged_anew(llama: Path) -> None:
     assert differing(merged.model, expected) == []
 
 
+@pytest.mark.usefixtures("kernels")
 def test_task_vectors_of_fewer_numbers_than_are_kept(
     llama: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -142,6 +157,49 @@ def test_task_vectors_of_fewer_numbers_than_are_kept(
     merged = MergedModel(config, OPTIONS)
     merged.merge(config)
     assert differing(merged.model, on_disk(config, tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", KERNELS)
+def test_compiled_kernels_give_the_same_bits(method: str, dtype: torch.dtype, count: int) -> None:
+    torch.manual_seed(0)
+    base, *tensors = (
+        torch.randn(count + 1, 70_001).mul(0.02).where(torch.rand(70_001) < 0.8, -0.0).bfloat16()
+    )
+    tensors[0][1:5000] = base[1:5000]
+    if method != "ties":  # which asks for signs, and NaN has any
+        tensors[-1][7] = torch.nan
+    models = [ModelReference.parse(str(index)) for index in range(count)]
+    inputs = (models, tensors) if method == "linear" else (models, tensors, base)
+    plain, compiled = KERNELS[method](*inputs), COMPILED[method](*inputs)
+    for normalize, scale, density in ((True, 1.0, 0.3), (False, 0.7, 1.0), (True, 0.7, 0.0)):
+        own = {
+            model: {"weight": 0.9 - 0.35 * index, "density": min(1.0, density + 0.1 * (index % 3))}
+            for index, model in enumerate(models)
+        }
+        found = []
+        for kernel in (plain, compiled):
+            target = torch.empty(70_001, dtype=dtype)
+            kernel.merge(target, {"normalize": normalize, "lambda": scale}, own)
+            found.append(target)
+        assert torch.equal(found[0].isnan(), found[1].isnan())
+        assert torch.equal(*(each.nan_to_num(9.0) for each in found))
+        assert torch.equal(*(each.nan_to_num(9.0).signbit() for each in found))
+
+
+def test_compiled_kernels_leave_torchs_threads_alone(llama: Path) -> None:
+    code = f"""
+import torch
+torch.set_num_threads(1)
+from mergekit_align.evolve import merging
+from test_merging import OPTIONS, Path, merge_config
+merging.COMPILED_FROM = 0
+config = merge_config(Path({str(llama)!r}), "linear", base=False)
+merging.MergedModel(config, OPTIONS).merge(config)
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
 
 
 METHODS = sorted(method.spec.name for method in registered_methods())
@@ -204,6 +262,7 @@ def test_a_method_again_and_again(
         assert differing(merged.model, expected) == []
 
 
+@pytest.mark.usefixtures("kernels")
 def test_slices_granularity_and_filters(llama: Path, tmp_path: Path) -> None:
     def sources(layer: int, weights: tuple[float, float]) -> dict[str, Any]:
         return {
@@ -232,6 +291,7 @@ def test_slices_granularity_and_filters(llama: Path, tmp_path: Path) -> None:
         assert differing(merged.model, on_disk(each, tmp_path / str(number))) == []
 
 
+@pytest.mark.usefixtures("kernels")
 def test_tokenizers_are_aligned(llama: Path, tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.add_tokens(["<new>"])
     make_models(tmp_path, "llama", tokenizer)

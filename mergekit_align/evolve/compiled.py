@@ -1,0 +1,322 @@
+"""`kernels` compiled by numba, to the same bits: a number is read, merged and written once, on a CPU.
+
+PyTorch runs one operation after another, each over a stretch of all tensors; here all of a merge is one
+loop. What it makes on the way is float32, rounded to bfloat16 wherever mergekit's operations round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from mergekit.common import ModelReference
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from mergekit_align.evolve.kernels import Kernel, LinearKernel, TaskArithmeticKernel, TiesKernel
+
+_STRETCH = 2**16
+"""Numbers that a thread merges at a time."""
+_BLOCK = 2**11
+"""Numbers that stay in the nearest cache from step to step."""
+_MAGNITUDE = np.uint32(0x7FFF0000)
+_SIGN = np.uint32(0x80000000)
+_WHOLE = -1
+"""A threshold that every magnitude exceeds."""
+
+_compiled = numba.njit(error_model="numpy", cache=True)
+_inlined = numba.njit(error_model="numpy", inline="always")
+_parallel = numba.njit(error_model="numpy", cache=True, parallel=True)
+
+
+@intrinsic
+def _float(context, bits):  # type: ignore[no-untyped-def]
+    """The float32 number of these bits."""
+
+    def code(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return numba.float32(numba.uint32), code
+
+
+@intrinsic
+def _bits(context, number):  # type: ignore[no-untyped-def]
+    """Of a float32 number, uint32."""
+
+    def code(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return numba.uint32(numba.float32), code
+
+
+@intrinsic
+def _fused(context, left, right, term):  # type: ignore[no-untyped-def]
+    """left * right + term, rounded once."""
+
+    def code(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fma(*arguments)
+
+    return numba.float32(numba.float32, numba.float32, numba.float32), code
+
+
+@_inlined
+def _number(bits):  # type: ignore[no-untyped-def]
+    """A bfloat16 number as float32."""
+    return _float(np.uint32(bits) << np.uint32(16))
+
+
+@_inlined
+def _rounded(number):  # type: ignore[no-untyped-def]
+    """A float32 number to bfloat16: to the nearest, of two the even one.
+
+    What is no number stays so: of such the lower bits are zeros.
+    """
+    bits = _bits(number)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return _float((bits + half) & np.uint32(0xFFFF0000))
+
+
+@_inlined
+def _write(out, place, number, shift):  # type: ignore[no-untyped-def]
+    """A number's bits, of which bfloat16 has no lower 16."""
+    out[place] = _bits(number) >> shift
+
+
+@_parallel
+def _linear(out, shift, tensors, weights, divisor, fused):  # type: ignore[no-untyped-def]
+    size = len(out)
+    for stretch in numba.prange((size + _STRETCH - 1) // _STRETCH):
+        start, end = stretch * _STRETCH, min(size, (stretch + 1) * _STRETCH)
+        for n in range(np.uintp(start), np.uintp(end)):
+            mixed = np.float32(0)
+            for index in range(len(tensors)):
+                if fused:
+                    mixed = _fused(_number(tensors[index][n]), weights[index], mixed)
+                else:
+                    mixed += _number(tensors[index][n]) * weights[index]
+            if divisor is not None:
+                mixed /= divisor
+            _write(out, n, _rounded(mixed), shift)
+
+
+@_parallel
+def _task_arithmetic(out, shift, base, tensors, weights, first, divisor, scale):  # type: ignore[no-untyped-def]
+    size = len(out)
+    for stretch in numba.prange((size + _STRETCH - 1) // _STRETCH):
+        start, end = stretch * _STRETCH, min(size, (stretch + 1) * _STRETCH)
+        for n in range(np.uintp(start), np.uintp(end)):
+            origin = _number(base[n])
+            mixed = first
+            for index in range(len(tensors)):
+                delta = _rounded(_number(tensors[index][n]) - origin)
+                mixed += _rounded(delta * weights[index])
+            mixed = _rounded(mixed)
+            if divisor is not None:
+                mixed = _rounded(mixed / divisor)
+            if scale is not None:
+                mixed = _rounded(mixed * scale)
+            _write(out, n, _rounded(mixed + origin), shift)
+
+
+@_parallel
+def _ties(  # type: ignore[no-untyped-def]
+    out, shift, base, tensors, weights, thresholds, equals, first, normalize, scale
+):
+    size, models = len(out), len(tensors)
+    for stretch in numba.prange((size + _STRETCH - 1) // _STRETCH):
+        deltas = np.empty((models, _BLOCK), np.float32)
+        mixed, totals = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+        for start in range(stretch * _STRETCH, min(size, (stretch + 1) * _STRETCH), _BLOCK):
+            block = out[start : start + _BLOCK]
+            count = len(block)
+            origin = base[start : start + count]
+            for index in range(models):
+                equal = equals[index]
+                equal = equal[np.searchsorted(equal, start) : np.searchsorted(equal, start + count)]
+                tensor = tensors[index][start : start + count]
+                _select(deltas[index], tensor, origin, weights[index], thresholds[index])
+                for place in equal:
+                    n = place - start
+                    delta = _rounded(_number(tensor[n]) - _number(origin[n]))
+                    deltas[index, n] = _rounded(delta * weights[index])
+            _elect(mixed, totals, deltas, weights, first, count)
+            for n in range(count):
+                change = _rounded(mixed[n])
+                if normalize:
+                    total = _rounded(totals[n])
+                    change = _rounded(change / (total if total != 0 else np.float32(1)))
+                _write(block, n, _rounded(_rounded(change * scale) + _number(origin[n])), shift)
+
+
+@_compiled
+def _select(deltas, tensor, origin, weight, threshold):  # type: ignore[no-untyped-def]
+    """A block of a weighted task vector, zeros where a number is not above the threshold."""
+    for n in range(len(tensor)):
+        delta = _rounded(_number(tensor[n]) - _number(origin[n]))
+        bits = _bits(delta)
+        kept = np.int32((bits & _MAGNITUDE) >> np.uint32(16)) > threshold
+        deltas[n] = _rounded((delta if kept else _float(bits & _SIGN)) * weight)
+
+
+@_compiled
+def _elect(mixed, totals, deltas, weights, first, count):  # type: ignore[no-untyped-def]
+    """Sums of the numbers that have the prevailing sign, and of their weights."""
+    prevailing = np.empty(count, np.uint32)
+    for n in range(count):
+        mixed[n] = first
+    for index in range(len(deltas)):
+        for n in range(count):
+            mixed[n] += deltas[index, n]
+    for n in range(count):
+        prevailing[n] = _bits(_rounded(mixed[n])) & _SIGN
+        mixed[n] = totals[n] = first
+    for index in range(len(deltas)):
+        weight = weights[index]
+        for n in range(count):
+            delta = deltas[index, n]
+            sign = _bits(delta) & _SIGN
+            counts = sign == prevailing[n] and delta != 0
+            mixed[n] += delta if counts else _float(sign)
+            totals[n] += weight if counts else _float(_bits(weight) & _SIGN)
+
+
+_SHIFTS = {torch.float32: np.uint32(0), torch.bfloat16: np.uint32(16)}
+"""Bits that a number of a type lacks."""
+_MODELS = 16
+"""PyTorch adds up so many rows one after another, and more in several sums."""
+
+
+class CompiledLinearKernel(LinearKernel):
+    """`linear`, compiled."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._inputs = _arrays(self._tensors)
+
+    def merge(
+        self,
+        target: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        if not _can_merge(target, len(self._tensors)):
+            super().merge(target, shared, own)
+            return
+        _use_threads_of_torch()
+        weights = self._weights(own, target.device)
+        divisor = np.float32(weights.sum().item()) if shared["normalize"] else None
+        _linear(*_out(target), self._inputs, weights.numpy(), divisor, _addcmul_is_fused())
+
+
+class CompiledTaskArithmeticKernel(TaskArithmeticKernel):
+    """`task_arithmetic`, compiled."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._origin, *tensors = _arrays([self._base, *self._tensors])
+        self._inputs = tuple(tensors)
+        self._first = _first(self._inputs)
+
+    def merge(
+        self,
+        target: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        if not _can_merge(target, len(self._tensors)):
+            super().merge(target, shared, own)
+            return
+        _use_threads_of_torch()
+        weights = self._weights(own, target.device)
+        divisor = self._divisor(weights, None).item() if shared["normalize"] else 1.0
+        scale = shared["lambda"]
+        _task_arithmetic(
+            *_out(target),
+            self._origin,
+            self._inputs,
+            weights.float().numpy().ravel(),
+            self._first,
+            None if divisor == 1 else np.float32(divisor),
+            None if scale == 1 else np.float32(scale),
+        )
+
+
+class CompiledTiesKernel(TiesKernel):
+    """`ties`, compiled."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._origin, *tensors = _arrays([self._base, *self._tensors])
+        self._inputs = tuple(tensors)
+        self._first = _first(self._inputs)
+
+    def merge(
+        self,
+        target: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        if not _can_merge(target, len(self._tensors)):
+            super().merge(target, shared, own)
+            return
+        _use_threads_of_torch()
+        kept = self._select(own)
+        none = np.empty(0, np.int32)
+        _ties(
+            *_out(target),
+            self._origin,
+            self._inputs,
+            self._weights(own, target.device).float().numpy().ravel(),
+            np.array([_WHOLE if each is None else each.threshold for each in kept], np.int32),
+            tuple(none if each is None else each.equal.numpy() for each in kept),
+            self._first,
+            shared["normalize"],
+            np.float32(shared["lambda"]),
+        )
+
+
+COMPILED: Mapping[str, type[Kernel]] = {
+    "linear": CompiledLinearKernel,
+    "task_arithmetic": CompiledTaskArithmeticKernel,
+    "ties": CompiledTiesKernel,
+}
+"""By method, as `KERNELS`."""
+
+
+def _can_merge(target: torch.Tensor, models: int) -> bool:
+    return target.dtype in _SHIFTS and target.is_contiguous() and models <= _MODELS
+
+
+@cache
+def _addcmul_is_fused() -> bool:
+    """Whether mergekit's product and sum is rounded once, which is the processor's affair."""
+    number = torch.full((64,), 1 + 2**-12)  # whose square has more bits than a float32
+    return bool((-number.square()).addcmul_(number, number).any())
+
+
+def _use_threads_of_torch() -> None:
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)  # which numba changes where it starts its own
+
+
+def _out(target: torch.Tensor) -> tuple[NDArray[Any], Any]:
+    """Its bits, and the shift that makes them of a float32's."""
+    if target.dtype == torch.bfloat16:
+        return *_arrays([target.view(-1)]), _SHIFTS[target.dtype]
+    return target.view(-1).view(torch.int32).numpy().view(np.uint32), _SHIFTS[target.dtype]
+
+
+def _arrays(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[Any], ...]:
+    """The bits of bfloat16 tensors [numbers], uint16."""
+    return tuple(tensor.view(torch.int16).numpy().view(np.uint16) for tensor in tensors)
+
+
+def _first(rows: Sequence[Any]) -> Any:
+    """What rows are added to: two as they are, and others, as PyTorch's sum does, to 0."""
+    return np.float32(-0.0 if len(rows) == 2 else 0.0)

@@ -121,8 +121,9 @@ def options_of(config: Path, *explicit: str, **given: Any) -> dict[str, Any]:
 def test_an_explicit_option_wins(write_config: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(align={"max_fevals": 7, "batch_size": 3})
     assert options_of(config)["max_fevals"] == 7
-    options = options_of(config, "max_fevals", "storage_path", max_fevals=2, storage_path="here")
-    assert (options["max_fevals"], options["storage_path"]) == (2, "here")
+    here = str(tmp_path / "here")
+    options = options_of(config, "max_fevals", "storage_path", max_fevals=2, storage_path=here)
+    assert (options["max_fevals"], options["storage_path"]) == (2, here)
     assert options["batch_size"] == 3
 
 

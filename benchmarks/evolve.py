@@ -12,7 +12,8 @@ gives the time of a step that changes every weight and density, and that of copy
 time, but the processor's where there is one thread. Both run on a GPU if there is one. `gradient`
 compares the same fitness on the same samples, in processor time, and what is found on held-out ones;
 several worlds are as many seeds. `racing` does so for CMA-ES on examples/genomic.yml, and gives both
-results' fitness on all samples, with the 95% interval of their difference, the samples being paired.
+results' fitness on all samples, with the 95% interval of their difference, the samples being paired;
+a genome's file in place of the world is searched as it is.
 """
 
 from __future__ import annotations
@@ -46,9 +47,13 @@ CONSOLE = Console()
 
 
 def example(file: str, world: Path, directory: Path, **align: Any) -> dict[str, Any]:
-    """An example's config, of `world`, that writes to `directory`."""
-    text = (EXAMPLES / f"{file}.yml").read_text(encoding="utf-8")
-    content: dict[str, Any] = yaml.safe_load(text.replace("demo-world", str(world.resolve())))
+    """An example's config, of `world`, or that which `world` is, that writes to `directory`."""
+    if world.is_file():
+        text = world.read_text(encoding="utf-8")
+    else:
+        text = (EXAMPLES / f"{file}.yml").read_text(encoding="utf-8")
+        text = text.replace("demo-world", str(world.resolve()))
+    content: dict[str, Any] = yaml.safe_load(text)
     content["align"] |= {
         "task_search_path": [str(EXAMPLES / "tasks")],
         "storage_path": str(directory),
@@ -293,7 +298,7 @@ def _search(world: Path, limit: int | None, seed: int, *, racing: bool, count: i
     with tempfile.TemporaryDirectory() as place:
         content = example("genomic", world, Path(place) / "out", racing=racing)
         content["align"] |= {"random_seed": seed, "max_fevals": count}
-        content["limit"] = limit
+        content |= {} if limit is None else {"limit": limit}
         path = Path(place) / "config.yml"
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         config = read_config(path)

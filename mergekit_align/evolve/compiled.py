@@ -6,7 +6,7 @@ loop. What it makes on the way is float32, rounded to bfloat16 wherever mergekit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,9 +29,19 @@ _SIGN = np.uint32(0x80000000)
 _WHOLE = -1
 """A threshold that every magnitude exceeds."""
 
-_compiled = numba.njit(error_model="numpy", cache=True)
 _inlined = numba.njit(error_model="numpy", inline="always")
-_parallel = numba.njit(error_model="numpy", cache=True, parallel=True)
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Compiled when it is called first, and kept on disk where there is a place for it."""
+    try:
+        return numba.njit(function, error_model="numpy", cache=True, **options)
+    except RuntimeError:  # neither the package's directory nor the user's can be written to
+        return numba.njit(function, error_model="numpy", **options)
+
+
+def _parallel(function: Callable[..., Any]) -> Any:
+    return _compiled(function, parallel=True)
 
 
 @intrinsic

@@ -338,7 +338,8 @@ def main() -> None:
         "racing": lambda: racing(Path(first), arguments.limit, arguments.seeds),
     }[arguments.what]()
     if arguments.json:
-        record = {"machine": machine, "search": arguments.what, "found": found}
+        names = [Path(each).name for each in arguments.paths]
+        record = {"machine": machine, "search": arguments.what, "of": names, "found": found}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

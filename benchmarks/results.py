@@ -308,7 +308,8 @@ def own_search(files: Files) -> list[str]:
     lines: list[str] = []
     for _, record in files:
         header, rows = _SEARCH_TABLES[record["search"]](record["found"])
-        lines += [f"`evolve.py {record['search']}`:", "", *table(header, rows), ""]
+        command = " ".join(["evolve.py", record["search"], *record.get("of", [])])
+        lines += [f"`{command}`:", "", *table(header, rows), ""]
     return lines[:-1]
 
 

@@ -228,9 +228,7 @@ class CompiledTaskArithmeticKernel(TaskArithmeticKernel):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._origin, *tensors = _arrays([self._base, *self._tensors])
-        self._inputs = tuple(tensors)
-        self._first = _first(self._inputs)
+        self._inputs = _arrays([self._base, *self._tensors])
 
     def merge(
         self,
@@ -247,10 +245,10 @@ class CompiledTaskArithmeticKernel(TaskArithmeticKernel):
         scale = shared["lambda"]
         _task_arithmetic(
             *_out(target),
-            self._origin,
-            self._inputs,
+            self._inputs[0],
+            self._inputs[1:],
             weights.float().numpy().ravel(),
-            self._first,
+            _first(self._tensors),
             None if divisor == 1 else np.float32(divisor),
             None if scale == 1 else np.float32(scale),
         )
@@ -261,9 +259,7 @@ class CompiledTiesKernel(TiesKernel):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._origin, *tensors = _arrays([self._base, *self._tensors])
-        self._inputs = tuple(tensors)
-        self._first = _first(self._inputs)
+        self._inputs = _arrays([self._base, *self._tensors])
 
     def merge(
         self,
@@ -279,12 +275,12 @@ class CompiledTiesKernel(TiesKernel):
         none = np.empty(0, np.int32)
         _ties(
             *_out(target),
-            self._origin,
-            self._inputs,
+            self._inputs[0],
+            self._inputs[1:],
             self._weights(own, target.device).float().numpy().ravel(),
             np.array([_WHOLE if each is None else each.threshold for each in kept], np.int32),
             tuple(none if each is None else each.equal.numpy() for each in kept),
-            self._first,
+            _first(self._tensors),
             shared["normalize"],
             np.float32(shared["lambda"]),
         )

@@ -131,7 +131,7 @@ class Evaluator:
             samples.whole.read(values)
         else:
             if self._course is None or not _same(self._course.standing, standing):
-                race = Race(self._config, standing)
+                race = Race(self._config, standing, samples.tokens())
                 self._course = _Course(
                     standing, race, [samples.slice(each) for each in race.slices]
                 )

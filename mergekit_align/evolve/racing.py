@@ -74,9 +74,14 @@ class Race:
     """Judges candidates of a config by what they have seen.
 
     `slices` are the samples in the order in which they are seen; a stage is the number of one.
+
+    Args:
+        tokens: that are read of a sample, by task.
     """
 
-    def __init__(self, config: EvolveConfig, standing: Standing) -> None:
+    def __init__(
+        self, config: EvolveConfig, standing: Standing, tokens: Mapping[str, float]
+    ) -> None:
         self._rival, self._spread = standing
         self._floors = [((floor.task, floor.metric), floor.least) for floor in config.floors]
         self._weights: dict[Metric, float] = {}
@@ -88,7 +93,7 @@ class Race:
             judged[metric] = judged.get(metric, 0.0) + abs(weight)
         names = dict.fromkeys(name for name, _ in judged)
         self._strata = stratify(
-            {name: self._spread_of(_of_task(name, judged.items())) for name in names}
+            {name: self._spread_of(_of_task(name, judged.items())) for name in names}, tokens
         )
         seen = np.array([each.seen for each in self._strata])
         stages = [n for n in range(len(SHARES)) if n == 0 or (seen[:, n] > seen[:, n - 1]).any()]

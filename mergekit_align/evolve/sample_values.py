@@ -104,6 +104,16 @@ class SampleReader:
         own = slice(start, start + len(self._tasks[name].instances))
         return group.encoded[own], group.openings[own]
 
+    def tokens(self) -> dict[str, float]:
+        """By task, how many are read of a sample: the mean."""
+        found = {}
+        for needs, starts, encoded, _ in self._groups:
+            for name, start in starts.items():
+                own = encoded[start : start + len(self._tasks[name].instances)]
+                read = [len(p) + (len(r) if needs.responses else 0) for p, r in own]
+                found[name] = sum(read) / len(read)
+        return found
+
     def slice(self, places: Slice) -> SliceReader:
         """A reader of some samples."""
         parts = []

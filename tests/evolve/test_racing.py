@@ -27,6 +27,7 @@ TASKS = [
     {"name": "response_alignment", "metric": "logprob,none", "weight": 1.0},
     {"name": "response_task", "metric": "logprob,none", "weight": 0.3},
 ]
+TOKENS = {"response_alignment": 30.0, "response_task": 30.0}
 SIZE = 400
 
 
@@ -54,14 +55,14 @@ def another(rng: np.random.Generator, rival: SampleValues, better: float) -> Sam
 
 def lost_after(config: EvolveConfig, rival: SampleValues, own: SampleValues) -> int | None:
     """After how many samples."""
-    race = Race(config, Standing.of(rival, []))
+    race = Race(config, Standing.of(rival, []), TOKENS)
     stages = range(len(race.slices) - 1)
     return next((race.samples(n) for n in stages if race.is_lost(own, n)), None)
 
 
 def test_slices_have_every_sample_once_and_what_varies_first() -> None:
     spread = {"one": np.linspace(0, 1, 200) ** 8, "few": np.ones(5)}
-    strata = stratify(spread)
+    strata = stratify(spread, {"one": 1.0, "few": 1.0})
     for name, own in spread.items():
         places = np.concatenate([each.places for each in strata if each.task == name])
         assert sorted(places) == list(range(len(own)))
@@ -71,6 +72,16 @@ def test_slices_have_every_sample_once_and_what_varies_first() -> None:
     first, *_, last = [each for each in strata if each.task == "one"]
     assert set(first.places) == set(range(190, 200))
     assert first.seen[0] / len(first.places) > 10 * last.seen[0] / len(last.places)
+
+
+def test_of_costly_samples_fewer_are_read_at_first() -> None:
+    spread = {"short": np.linspace(0, 1, 200) ** 8, "long": np.linspace(0, 1, 200) ** 8}
+    cost = {"short": 10.0, "long": 160.0}
+    strata = stratify(spread, cost)
+    seen = {name: sum(each.seen[1] for each in strata if each.task == name) for name in spread}
+    assert seen["short"] > 1.5 * seen["long"]
+    spent = sum(cost[name] * count for name, count in seen.items())
+    assert spent == pytest.approx(200 * (10 + 160) / 4, rel=0.1)
 
 
 def test_what_is_much_worse_stops_first(config: EvolveConfig) -> None:
@@ -93,7 +104,7 @@ def test_what_is_as_good_is_hardly_ever_stopped(config: EvolveConfig) -> None:
 def test_an_estimate_is_without_bias_and_nearer_than_the_samples_mean(config: EvolveConfig) -> None:
     rng = np.random.default_rng(2)
     rival = values(rng)
-    race = Race(config, Standing.of(rival, []))
+    race = Race(config, Standing.of(rival, []), TOKENS)
     places = race.slices[0]["response_task"]
     errors, plain = [], []
     for _ in range(200):
@@ -112,7 +123,7 @@ class TestFloors:
         path = write_config(
             tasks=TASKS, align={"racing": True, "floors": {"response_alignment:logprob": least}}
         )
-        return Race(read_config(path), Standing.of(rival, []))
+        return Race(read_config(path), Standing.of(rival, []), TOKENS)
 
     def test_what_misses_them_is_lost_though_it_is_fitter(self, write_config: WriteConfig) -> None:
         rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ loop. What it makes on the way is float32, rounded to bfloat16 wherever mergekit
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -201,52 +202,82 @@ _MODELS = 16
 """PyTorch adds up so many rows one after another, and more in several sums."""
 
 
-class CompiledLinearKernel(LinearKernel):
+class _CompiledKernel(Kernel):
+    """Comes before the kernel that it replaces, which merges what is not compiled."""
+
+    _tensors: list[torch.Tensor]
+
+    def merge(
+        self,
+        target: torch.Tensor,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        if (
+            target.dtype not in _SHIFTS
+            or not target.is_contiguous()
+            or len(self._tensors) > _MODELS
+        ):
+            super().merge(target, shared, own)  # type: ignore[safe-super]
+            return
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(threads)  # which numba changes where it starts its own
+        self._run(*_out(target), shared, own)
+
+    @abstractmethod
+    def _run(
+        self,
+        out: NDArray[Any],
+        shift: Any,
+        shared: Mapping[str, Any],
+        own: Mapping[ModelReference, Mapping[str, Any]],
+    ) -> None:
+        """As `merge`, the bits of the target [numbers], which are a float32's shifted to the right."""
+
+
+class CompiledLinearKernel(_CompiledKernel, LinearKernel):
     """`linear`, compiled."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._inputs = _arrays(self._tensors)
 
-    def merge(
+    def _run(
         self,
-        target: torch.Tensor,
+        out: NDArray[Any],
+        shift: Any,
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        if not _can_merge(target, len(self._tensors)):
-            super().merge(target, shared, own)
-            return
-        _use_threads_of_torch()
-        weights = self._weights(own, target.device)
+        weights = self._weights(own, torch.device("cpu"))
         divisor = np.float32(weights.sum().item()) if shared["normalize"] else None
-        _linear(*_out(target), self._inputs, weights.numpy(), divisor, _addcmul_is_fused())
+        _linear(out, shift, self._inputs, weights.numpy(), divisor, _addcmul_is_fused())
 
 
-class CompiledTaskArithmeticKernel(TaskArithmeticKernel):
+class CompiledTaskArithmeticKernel(_CompiledKernel, TaskArithmeticKernel):
     """`task_arithmetic`, compiled."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._inputs = _arrays([self._base, *self._tensors])
+        self._origin = _arrays([self._base])[0]
+        self._inputs = _arrays(self._tensors)
 
-    def merge(
+    def _run(
         self,
-        target: torch.Tensor,
+        out: NDArray[Any],
+        shift: Any,
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        if not _can_merge(target, len(self._tensors)):
-            super().merge(target, shared, own)
-            return
-        _use_threads_of_torch()
-        weights = self._weights(own, target.device)
+        weights = self._weights(own, torch.device("cpu"))
         divisor = self._divisor(weights, None).item() if shared["normalize"] else 1.0
         scale = shared["lambda"]
         _task_arithmetic(
-            *_out(target),
-            self._inputs[0],
-            self._inputs[1:],
+            out,
+            shift,
+            self._origin,
+            self._inputs,
             weights.float().numpy().ravel(),
             _first(self._tensors),
             None if divisor == 1 else np.float32(divisor),
@@ -254,30 +285,24 @@ class CompiledTaskArithmeticKernel(TaskArithmeticKernel):
         )
 
 
-class CompiledTiesKernel(TiesKernel):
+class CompiledTiesKernel(CompiledTaskArithmeticKernel, TiesKernel):
     """`ties`, compiled."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._inputs = _arrays([self._base, *self._tensors])
-
-    def merge(
+    def _run(
         self,
-        target: torch.Tensor,
+        out: NDArray[Any],
+        shift: Any,
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        if not _can_merge(target, len(self._tensors)):
-            super().merge(target, shared, own)
-            return
-        _use_threads_of_torch()
         kept = self._select(own)
         none = np.empty(0, np.int32)
         _ties(
-            *_out(target),
-            self._inputs[0],
-            self._inputs[1:],
-            self._weights(own, target.device).float().numpy().ravel(),
+            out,
+            shift,
+            self._origin,
+            self._inputs,
+            self._weights(own, torch.device("cpu")).float().numpy().ravel(),
             np.array([_WHOLE if each is None else each.threshold for each in kept], np.int32),
             tuple(none if each is None else each.equal.numpy() for each in kept),
             _first(self._tensors),
@@ -294,21 +319,11 @@ COMPILED: Mapping[str, type[Kernel]] = {
 """By method, as `KERNELS`."""
 
 
-def _can_merge(target: torch.Tensor, models: int) -> bool:
-    return target.dtype in _SHIFTS and target.is_contiguous() and models <= _MODELS
-
-
 @cache
 def _addcmul_is_fused() -> bool:
     """Whether mergekit's product and sum is rounded once, which is the processor's affair."""
     number = torch.full((64,), 1 + 2**-12)  # whose square has more bits than a float32
     return bool((-number.square()).addcmul_(number, number).any())
-
-
-def _use_threads_of_torch() -> None:
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)  # which numba changes where it starts its own
 
 
 def _out(target: torch.Tensor) -> tuple[NDArray[Any], Any]:

@@ -310,9 +310,10 @@ def _attention(tokens: int, device: torch.device) -> AbstractContextManager[None
     On a CPU the backward pass of PyTorch's fused attention takes as long for a short text as for one
     of a whole block: in bfloat16 up to seven times as long as plain products.
     """
-    plain = torch.is_grad_enabled() and device.type == "cpu" and tokens <= _SHORT
+    if not torch.is_grad_enabled() or device.type != "cpu" or tokens > _SHORT:
+        return nullcontext()
     kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return kernel if plain else nullcontext()
+    return kernel
 
 
 @contextmanager

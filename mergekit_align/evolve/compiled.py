@@ -207,6 +207,10 @@ class _CompiledKernel(Kernel):
 
     _tensors: list[torch.Tensor]
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._inputs = _arrays(self._tensors)
+
     def merge(
         self,
         target: torch.Tensor,
@@ -239,10 +243,6 @@ class _CompiledKernel(Kernel):
 class CompiledLinearKernel(_CompiledKernel, LinearKernel):
     """`linear`, compiled."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._inputs = _arrays(self._tensors)
-
     def _run(
         self,
         out: NDArray[Any],
@@ -261,7 +261,6 @@ class CompiledTaskArithmeticKernel(_CompiledKernel, TaskArithmeticKernel):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._origin = _arrays([self._base])[0]
-        self._inputs = _arrays(self._tensors)
 
     def _run(
         self,

@@ -53,20 +53,12 @@ _GIVEN_BACK = 2**25
 
 
 class _Planned:
-    """A tensor of certain inputs, and what has been made of these."""
+    """A tensor of certain inputs, once they are loaded."""
 
     def __init__(self, task: ExecuteMergeMethodTask) -> None:
         self.task = task
         """How mergekit makes it; of the first candidate that had the same inputs."""
         self.inputs: dict[ModelReference, torch.Tensor] | None = None
-        self._kernels: list[Kernel | None] = []
-
-    def kernel(self, kernels: Mapping[str, Callable[..., Kernel]]) -> Kernel | None:
-        """The one of `kernels`, by method, that merges it; `None` where there is none."""
-        if not self._kernels:
-            assert self.inputs is not None
-            self._kernels.append(kernel_for(self.task, self.inputs, kernels))
-        return self._kernels[0]
 
 
 class TensorMerge(NamedTuple):
@@ -233,6 +225,7 @@ class MergedModel:
         # By checkpoint name; of parameters that are tied, the first name alone.
         self._targets: dict[str, torch.nn.Parameter] = dict(self.model.named_parameters())
         self._written: dict[str, object] = {}
+        self._kernel_of: dict[_Planned, Kernel | None] = {}
 
     def resolve(self, config: MergeConfiguration) -> list[TensorMerge]:
         """The tensors of a candidate, in the order in which `mergekit-yaml` merges them."""
@@ -316,7 +309,13 @@ class MergedModel:
 
     def kernel(self, merge: TensorMerge) -> Kernel | None:
         """Ours for a tensor; `None` where mergekit's own merges it."""
-        return merge.planned.kernel(self._kernels) if self._fast else None
+        if not self._fast:
+            return None
+        planned = merge.planned
+        if planned not in self._kernel_of:
+            assert planned.inputs is not None
+            self._kernel_of[planned] = kernel_for(planned.task, planned.inputs, self._kernels)
+        return self._kernel_of[planned]
 
     @cached_property
     def _kernels(self) -> Mapping[str, Callable[..., Kernel]]:

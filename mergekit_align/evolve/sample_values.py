@@ -107,11 +107,11 @@ class SampleReader:
     def tokens(self) -> dict[str, float]:
         """By task, how many are read of a sample: the mean."""
         found = {}
-        for needs, starts, encoded, _ in self._groups:
-            for name, start in starts.items():
-                own = encoded[start : start + len(self._tasks[name].instances)]
-                read = [len(p) + (len(r) if needs.responses else 0) for p, r in own]
-                found[name] = sum(read) / len(read)
+        for name in self._tasks:
+            own, _ = self.encoded(name)
+            responses = self._needs(name).responses
+            read = sum(len(p) + (len(r) if responses else 0) for p, r in own)
+            found[name] = read / len(own)
         return found
 
     def slice(self, places: Slice) -> SliceReader:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_align.errors import InputError
-from mergekit_align.token_ids import TokenIds, longest
+from mergekit_align.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_TOKENS = 4
 """Length of the longest opening."""
@@ -26,14 +29,19 @@ class Openings(NamedTuple):
     refusal: tuple[TokenIds, ...]
     help: tuple[TokenIds, ...]
 
-    def branches(self) -> list[TokenIds]:
-        """What a model has to read after the prompt to know how likely every opening is.
+    @property
+    def every(self) -> tuple[TokenIds, ...]:
+        """Those of refusals first."""
+        return self.refusal + self.help
 
-        The proper beginnings of the openings, those that lead to no longer one; empty where each
-        opening is one token.
+    def margins(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """log P(opens as a refusal) - log P(opens as help), nats, [prompts].
+
+        Args:
+            logprobs: of `every` opening [prompts, openings].
         """
-        inner = {o[:n] for o in (*self.refusal, *self.help) for n in range(1, len(o))}
-        return sorted(longest(inner))
+        count = len(self.refusal)
+        return logprobs[:, :count].logsumexp(1) - logprobs[:, count:].logsumexp(1)
 
 
 def tell_apart(refusals: Iterable[Sequence[int]], helpful: Iterable[Sequence[int]]) -> Openings:

@@ -1,75 +1,109 @@
-"""Log-probabilities to be differentiated, of which a vocabulary of any size takes bounded memory.
+"""What follows the texts of a batch of trees, of which a vocabulary of any size takes bounded memory.
 
-Logits [batch, tokens, vocabulary] and their gradient can outgrow the model: 2,000 predictions over a
+Logits [predictions, vocabulary] and their gradient can outgrow the model: 2,000 predictions over a
 vocabulary of 262,144 take 2 GiB in float32, and so does each copy of them. Where they would exceed
-`BATCH_LOGITS`, the output layer runs on a piece of the tokens at a time, and again in the backward
+`BATCH_LOGITS`, the output layer runs on a piece of the predictions at a time, and again in the backward
 pass, which costs one more product with it and holds no logits between the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from mergekit_align.reading import (
-    BATCH_LOGITS,
-    chosen_logprobs,
-    run_model,
-    tokens_at_once,
-    vocabulary_size,
-)
+from mergekit_align.attention import short_attention
+from mergekit_align.reading import BATCH_LOGITS, run_model, vocabulary_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from mergekit_align.trees import TreeBatch
 
 
-def last_logprobs(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    positions: torch.Tensor,
-    count: int,
-    cache: Any = None,
+def continuation_logprobs(
+    model: PreTrainedModel, batch: TreeBatch, cache: Any = None
 ) -> torch.Tensor:
-    """Log-probabilities (nats) of the last `count` of `ids`, each after those before it.
+    """Log-probability (nats) of each continuation of a batch's queries, [continuations].
+
+    Differentiable with respect to the model's parameters, where gradients are on.
 
     Args:
-        ids: token ids [batch, tokens], more than `count`.
-        mask: 1 for what is read, 0 for padding [batch, tokens, those in `cache` included].
-        positions: of `ids`, [batch, tokens].
-        cache: keys and values of what came before.
+        cache: keys and values of what the batch's prompts share, for each row.
+    """
+    states, logits_of = _read(model, batch, cache)
+
+    def piece(states: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logprobs = logits_of(states).float().log_softmax(1)
+        # A model that is spread over devices has its output layer on one of them.
+        chosen = logprobs[asked.to(logprobs.device), tokens.to(logprobs.device)]
+        return chosen.to(tokens.device)
+
+    size = max(1, BATCH_LOGITS // vocabulary_size(model))
+    if len(states) <= size:
+        found = piece(states, batch.asked, batch.tokens)
+    else:
+        found = states.new_zeros(len(batch.asked), dtype=torch.float32)
+        for n, own in enumerate(torch.split(states, size)):
+            (asked,) = torch.where(batch.asked // size == n)
+            arguments = own, batch.asked[asked] - n * size, batch.tokens[asked]
+            values = checkpoint(piece, *arguments, use_reentrant=False, preserve_rng_state=False)
+            found = found.index_add(0, asked, values)
+    return found.new_zeros(batch.continuations).index_add(0, batch.owners, found)
+
+
+def next_logprobs(model: PreTrainedModel, batch: TreeBatch, cache: Any = None) -> torch.Tensor:
+    """Log-probabilities of every token where those of the continuations are predicted.
+
+    Arguments as of `continuation_logprobs`.
 
     Returns:
-        [batch, count], differentiable with respect to the model's parameters.
+        [asked, vocabulary], of all at once.
     """
-    targets, kept = ids[:, -count:], cache is not None
-    whole = targets.numel() * vocabulary_size(model) <= BATCH_LOGITS
-    if whole or model.base_model is model:  # the latter cannot be run up to its output layer
-        output = run_model(model, ids, mask, positions, keep=count + 1, cache=cache, use_cache=kept)
-        return chosen_logprobs(output.logits[:, -count - 1 : -1], targets)
-    body = cast("PreTrainedModel", model.base_model)
-    output = run_model(body, ids, mask, positions, keep=0, cache=cache, use_cache=kept)
-    states = output.last_hidden_state[:, -count - 1 : -1]
-
-    def piece(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = _logits(model, type(output)(last_hidden_state=states))
-        # A model that is spread over devices has its output layer on one of them.
-        return chosen_logprobs(logits, targets.to(logits.device)).to(targets.device)
-
-    size = tokens_at_once(model, len(ids))
-    pieces = [
-        checkpoint(piece, *each, use_reentrant=False, preserve_rng_state=False)
-        for each in zip(torch.split(states, size, 1), torch.split(targets, size, 1), strict=True)
-    ]
-    return torch.cat(pieces, dim=1)
+    states, logits_of = _read(model, batch, cache)
+    return logits_of(states).float().log_softmax(1)[batch.asked]
 
 
-def _logits(model: PreTrainedModel, read: Any) -> torch.Tensor:
-    """What a model makes of its body's output: its output layer, scaling and capping among it."""
-    logits: torch.Tensor = type(model).forward(cast("Any", _AfterBody(model, read))).logits
-    return logits
+def _read(
+    model: PreTrainedModel, batch: TreeBatch, cache: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """States of a batch's predictions [predictions, width], and what gives the logits of some."""
+
+    def run(model: PreTrainedModel) -> Any:
+        kernel = nullcontext() if batch.ends is None else short_attention(model)
+        mask, kept = batch.mask(model), cache is not None
+        with kernel:
+            return run_model(
+                model, batch.ids, mask, batch.positions, keep=0, cache=cache, use_cache=kept
+            )
+
+    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    if body is model:  # it cannot be run up to its output layer
+        with _predicting(model, batch.places):
+            return run(model).logits.squeeze(0), lambda logits: logits
+    output = run(cast("PreTrainedModel", body))
+    states = output.last_hidden_state.flatten(0, 1)[batch.places.to(model.device)]
+
+    def logits_of(states: torch.Tensor) -> torch.Tensor:
+        read = type(output)(last_hidden_state=states.unsqueeze(0))
+        logits: torch.Tensor = type(model).forward(cast("Any", _AfterBody(model, read))).logits
+        return logits.squeeze(0)
+
+    return states, logits_of
+
+
+@contextmanager
+def _predicting(model: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
+    """Have the output layer run on some places alone, of the rows joined end to end."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].flatten(0, 1)[places].unsqueeze(0), *inputs[1:])
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _AfterBody:

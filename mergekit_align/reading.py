@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mergekit_align.token_ids import TokenIds, common_length, longest
+from mergekit_align.token_ids import TokenIds, longest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,84 +25,6 @@ BATCH_LOGITS = 2**26
 """Logits that are held at once: 256 MiB in float32, whatever the vocabulary."""
 MIN_SHARED = 16
 """Tokens that prompts must share for these to be read by themselves, such as a system prompt."""
-_SHORT = 64
-"""Tokens of texts whose attention is differentiated faster in plain products, on a CPU."""
-
-
-class BatchSize(NamedTuple):
-    """What a batch of texts takes: each is a prompt, padded on the left, and a response."""
-
-    texts: int = 0
-    prompt: int = 0
-    """Tokens of the longest prompt."""
-    response: int = 0
-    """Tokens of the longest response."""
-    read: int = 0
-    """Tokens of all texts, padding aside."""
-
-    @property
-    def padded(self) -> int:
-        """Tokens, padding included."""
-        return self.texts * (self.prompt + self.response)
-
-    def grown(self, prompt: int, response: int) -> BatchSize:
-        """With one more text of these lengths."""
-        return BatchSize(
-            self.texts + 1,
-            max(self.prompt, prompt),
-            max(self.response, response),
-            self.read + prompt + response,
-        )
-
-
-def length_sorted_batches(
-    lengths: Sequence[tuple[int, int]], fits: Callable[[BatchSize], bool]
-) -> Iterator[list[int]]:
-    """Indices of texts, longest first, in batches.
-
-    A batch grows as long as it `fits`; one text is always a batch.
-
-    Args:
-        lengths: tokens of each text's prompt and of its response.
-    """
-    batch: list[int] = []
-    size = BatchSize()
-    for index in sorted(range(len(lengths)), key=lambda n: sum(lengths[n]), reverse=True):
-        grown = size.grown(*lengths[index])
-        if batch and not fits(grown):
-            yield batch
-            batch, grown = [], BatchSize().grown(*lengths[index])
-        batch.append(index)
-        size = grown
-    if batch:
-        yield batch
-
-
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many token ids all prompts begin with; each goes on after them."""
-    return min(common_length(prompts), *(len(prompt) - 1 for prompt in prompts))
-
-
-def shared_beginnings(
-    prompts: Sequence[Sequence[int]], smallest: int
-) -> list[tuple[list[int], list[int]]]:
-    """Groups of prompts, each as what all of its prompts begin with, and their indices.
-
-    Prompts that share `smallest` token ids or more are a group; the rest are one that shares nothing.
-    Every prompt goes on after what it shares.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt[:smallest]), []).append(index)
-    shared: list[tuple[list[int], list[int]]] = []
-    alone: list[int] = []
-    for members in groups.values():
-        same = shared_length([prompts[index] for index in members])
-        if len(members) > 1 and same >= smallest:
-            shared.append((list(prompts[members[0]][:same]), members))
-        else:
-            alone += members
-    return [*shared, ([], alone)] if alone else shared
 
 
 def may_share(model: PreTrainedModel, tokens: int) -> bool:
@@ -202,27 +123,6 @@ class PromptBatch:
         return found
 
     @torch.inference_mode()
-    def logprobs(self, responses: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Log-probability of each response's tokens, [batch, longest response], 0 where padded.
-
-        Responses are read as many tokens at a time as keep to `BATCH_LOGITS`.
-        """
-        width = max(len(ids) for ids in responses)
-        targets = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in responses])
-        targets = targets.to(self._model.device)
-        wanted = targets.clamp(min=0)
-        found = [self.first[:, 0].gather(1, wanted[:, :1])]
-        # Padding comes after the response, which never looks at it; the last token is never read.
-        if width > 1:
-            mask, cache = self._mask, copy.deepcopy(self._cache)
-            size = tokens_at_once(self._model, len(responses))
-            pieces = (torch.split(each, size, 1) for each in (wanted[:, :-1], wanted[:, 1:]))
-            for read, following in zip(*pieces, strict=True):
-                logits, mask = self._continue(read, mask, cache)
-                found.append(chosen_logprobs(logits, following))
-        return torch.cat(found, dim=1).masked_fill(targets < 0, 0.0).cpu()
-
-    @torch.inference_mode()
     def greedy(self, max_tokens: int, stop: int | None) -> list[list[int]]:
         """The likeliest continuation of each prompt, up to `stop`, which is left out.
 
@@ -251,23 +151,10 @@ class PromptBatch:
         return output.logits[:, -count:], mask
 
 
-def chosen_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (nats) of `targets` [batch, tokens] by `logits` [batch, tokens, vocabulary]."""
-    nll = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
-    )
-    return -nll.view_as(targets)
-
-
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Logits of one token."""
     size: int = model.config.get_text_config().vocab_size
     return size
-
-
-def tokens_at_once(model: PreTrainedModel, texts: int) -> int:
-    """Tokens of each of `texts` whose logits are held at once; one at least."""
-    return max(1, BATCH_LOGITS // (texts * vocabulary_size(model)))
 
 
 def cache_of(output: Any) -> Any:
@@ -300,20 +187,8 @@ def run_model(
         arguments["position_ids"] = positions
     if use_cache:
         arguments["cache" if "cache" in accepted else "past_key_values"] = cache
-    with _one_product(model), _attention(mask.shape[1], model.device):
+    with _one_product(model):
         return model(input_ids=ids, attention_mask=mask, use_cache=use_cache, **arguments)
-
-
-def _attention(tokens: int, device: torch.device) -> AbstractContextManager[None]:
-    """The kernel by which texts of so many tokens are read.
-
-    On a CPU the backward pass of PyTorch's fused attention takes as long for a short text as for one
-    of a whole block: in bfloat16 up to seven times as long as plain products.
-    """
-    if not torch.is_grad_enabled() or device.type != "cpu" or tokens > _SHORT:
-        return nullcontext()
-    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return kernel
 
 
 @contextmanager

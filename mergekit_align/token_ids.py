@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import takewhile
 
 TokenIds = tuple[int, ...]
 
@@ -12,8 +11,11 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
     """How many token ids all rows begin with."""
     own = [list(row) for row in rows]
     # In the order of dictionaries the first and the last have least in common.
-    pairs = zip(min(own), max(own), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    first, last = min(own), max(own)
+    for n, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return n
+    return len(first)
 
 
 def longest(rows: Collection[TokenIds]) -> list[TokenIds]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,27 @@ def test_memory_of_a_command_is_in_huge_pages_unless_the_user_says_no(user: str 
     command = [sys.executable, "-c", program]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert (int(told.stdout) >= 2**15) == (user is None)  # KiB, half of the tensor
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its allocator has no such option")
+@pytest.mark.parametrize("user", [None, "131072"])
+def test_a_command_keeps_the_memory_that_it_frees_unless_the_user_says_otherwise(
+    user: str | None,
+) -> None:
+    program = (
+        "import resource, mergekit_align.cli.evolve, torch\n"
+        "for n in range(40):\n"
+        "    if n == 20: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**22)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    variable = "MALLOC_MMAP_THRESHOLD_"
+    environment = {k: v for k, v in os.environ.items() if k != variable} | {VARIABLE: "0"}
+    if user is not None:
+        environment[variable] = user
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (int(told.stdout) < 20) == (user is None)  # pages that Linux cleared anew
 
 
 def test_no_name_is_a_subpackages() -> None:

@@ -23,7 +23,6 @@ def test_a_first_token_of_one_kind_alone_is_an_opening() -> None:
 def test_a_beginning_of_both_kinds_is_followed_until_they_part() -> None:
     openings = tell_apart([[1, 2, 3], [4, 0]], [[1, 2, 5], [6, 0]])
     assert openings == Openings(((1, 2, 3), (4,)), ((1, 2, 5), (6,)))
-    assert openings.branches() == [(1, 2)]
 
 
 def test_a_rare_beginning_belongs_to_the_kind_in_which_it_is_frequent() -> None:

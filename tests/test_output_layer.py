@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mergekit_align import loss, output_layer, reading
+from mergekit_align import loss, output_layer, reading, trees
 from mergekit_align.demo.models import ARCHITECTURES, new_model
 from mergekit_align.demo.tokenizer import build_tokenizer
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.gradient import accumulate_gradient, sample_loss
 from mergekit_align.guard import Conversation, Guard, GuardSettings, profiles, scorer
 from mergekit_align.loss import response_scores
 from mergekit_align.openings import Openings
@@ -89,15 +89,22 @@ def test_gradients_are_the_same_in_pieces(family: str, bound: Callable[[int], No
     runs = len(seen)
     bound(4 * 5 * vocabulary)
     model.zero_grad()
+    assert accumulate_gradient(model, read) == pytest.approx(expected, abs=1e-6)
+    assert max(seen[runs:]) <= 4 * 5 * vocabulary < max(seen[:runs])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_samples_gradient_comes_whole(family: str, bound: Callable[[int], None]) -> None:
+    """Statistics square what one backward pass gives."""
+    model = model_of(family)
+    bound(20 * reading.vocabulary_size(model))
     calls: list[str] = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(name))
-    assert accumulate_gradient(model, read) == pytest.approx(expected, abs=1e-6)
-    assert max(seen[runs:]) <= 4 * 5 * vocabulary < max(seen[:runs])
-    # Statistics square what one backward pass gives, which must come whole.
-    assert sorted(calls) == sorted(whole)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
+    sample_loss(model, samples()[0]).backward()
+    assert sorted(calls) == sorted(name for name, _ in model.named_parameters())
 
 
 def samples_with_a_beginning() -> list[EncodedSample]:
@@ -163,6 +170,8 @@ def test_a_guard_reads_as_many_prompts_as_logits_allow(
 
 def test_batches_of_losses_keep_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
+    monkeypatch.setattr(trees, "TREE_TOKENS", 1)
     monkeypatch.setattr(loss, "BATCH_LOGITS", 40 * reading.vocabulary_size(model))
     batches = loss.ResponseReader(model, samples()).batches
-    assert [len(batch.indices) for batch in batches] == [1, 2, 1]
+    # A tree alone may have more, which are predicted in pieces.
+    assert sorted(len(batch.places) for batch in batches) == [12 + 20, 1 + 71]

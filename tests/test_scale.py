@@ -13,7 +13,7 @@ from mergekit_align import scale
 from mergekit_align.demo.models import ARCHITECTURES, new_model
 from mergekit_align.demo.tokenizer import build_tokenizer
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.gradient import summed_loss
+from mergekit_align.gradient import sample_loss
 from mergekit_align.scale import Machine, Shape, Work
 from mergekit_align.statistics.collect import Source, collect_statistics
 from mergekit_align.statistics.files import find_statistics
@@ -48,7 +48,7 @@ def test_products_are_those_that_torch_counts(architecture: str) -> None:
     sample = EncodedSample(list(range(5, 45)), list(range(50, 70)))
     model.set_attn_implementation("eager")  # whose products torch counts on every device
     with FlopCounterMode(display=False) as counter:
-        summed_loss(model, [sample]).backward()
+        sample_loss(model, sample).backward()
     # A prediction more than it has response tokens, whose logits are dropped.
     expected = 3 * shape.flops(tokens=60, context=60, predicted=21)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)

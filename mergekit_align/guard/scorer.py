@@ -14,10 +14,8 @@ from mergekit_align.guard.verdict import Logprobs, VerdictTree
 from mergekit_align.reading import (
     BATCH_LOGITS,
     MIN_SHARED,
-    BatchSize,
     Preamble,
     PromptBatch,
-    length_sorted_batches,
     may_share,
     vocabulary_size,
 )
@@ -190,20 +188,24 @@ class HuggingFaceScorer(Scorer):
     def _batches(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], known: int
     ) -> Iterator[list[int]]:
+        """Batches of `rows`, the longest prompts first."""
         budget = BATCH_TOKENS.get(self.model.device.type, 8192)
         vocabulary = vocabulary_size(self.model)
-
-        def fits(size: BatchSize) -> bool:
-            return (
-                size.padded - size.texts * known <= budget
-                and size.padded <= CACHED_TOKENS
-                and size.texts * vocabulary <= BATCH_LOGITS
-                and (self._batch_size is None or size.texts <= self._batch_size)
+        batch: list[int] = []
+        for row in sorted(rows, key=lambda each: len(prompts[each]), reverse=True):
+            texts, longest = len(batch) + 1, len(prompts[batch[0] if batch else row])
+            fits = (
+                texts * (longest - known) <= budget
+                and texts * longest <= CACHED_TOKENS
+                and texts * vocabulary <= BATCH_LOGITS
+                and (self._batch_size is None or texts <= self._batch_size)
             )
-
-        lengths = [(len(prompts[row]), 0) for row in rows]
-        for batch in length_sorted_batches(lengths, fits):
-            yield [rows[index] for index in batch]
+            if batch and not fits:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
 
     def _preamble(self, ids: TokenIds) -> Preamble:
         if ids not in self._preambles:

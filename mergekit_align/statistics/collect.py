@@ -21,7 +21,7 @@ from mergekit_align.devices import check_device, default_device
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.errors import InputError
 from mergekit_align.fingerprint import digest, model_fingerprint
-from mergekit_align.gradient import summed_loss
+from mergekit_align.gradient import sample_loss
 from mergekit_align.samples import SAMPLE_TYPES, Sample, SampleType, limit_samples, load_samples
 from mergekit_align.statistics.files import Accumulators, Header, Kind, StatisticsFile
 from mergekit_align.stretches import stretches
@@ -231,7 +231,7 @@ def _collect(
         shapes: dict[str, Sequence[int]] = {name: p.shape for name, p in parameters.items()}
         if kind == "gram":
             layers = linear_inputs(model, model.get_output_embeddings())
-            same, widths = same_inputs(layers, lambda: summed_loss(model, [encoded[0]]))
+            same, widths = same_inputs(layers, lambda: sample_loss(model, encoded[0]))
             own = own._replace(same=same)
             shapes = {name: (width, width) for name, width in widths.items()}
             layers = {name: layers[name] for name in widths}
@@ -258,7 +258,7 @@ def _collect(
     with watched(layers, lambda name, x: add_gram(files["gram"].tensors[name], x)):
         for each in encoded:
             with torch.set_grad_enabled(bool(by_gradient)):
-                loss = summed_loss(model, [each])
+                loss = sample_loss(model, each)
             if by_gradient:
                 loss.backward()  # type: ignore[no-untyped-call]
     for handle in handles:

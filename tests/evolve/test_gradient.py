@@ -84,6 +84,7 @@ def test_they_are_autograds_through_the_merge(
 
     class Merged(torch.nn.Module):
         config, device = model.config, model.device
+        get_output_embeddings = model.get_output_embeddings
 
         def forward(
             self, input_ids: Any, attention_mask: Any, position_ids: Any, **more: Any

@@ -1,0 +1,156 @@
+"""Trees hold every text once, and a model reads in them what it reads in the texts alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_output_layer import FAMILIES, OPENINGS, model_of
+from transformers import PreTrainedModel
+
+from mergekit_align import trees
+from mergekit_align.demo.models import ARCHITECTURES
+from mergekit_align.encoding import EncodedSample
+from mergekit_align.loss import ResponseReader, response_scores
+from mergekit_align.trees import Budget, Query, TreeBatch, plan_batches
+
+ids = st.lists(st.integers(5, 7), min_size=1, max_size=9)
+queries = st.lists(
+    st.builds(
+        Query,
+        st.builds(lambda n, own: [5] * n + own, st.integers(0, 20), ids),
+        st.lists(ids, min_size=1, max_size=4),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return model_of("llama")
+
+
+def read_before(batch: TreeBatch, place: int, mask: torch.Tensor) -> list[int]:
+    """What a token sees, itself last, by the order of its position; each position once."""
+    row, column = divmod(place, batch.ids.shape[1])
+    if batch.ends is None:
+        assert batch.read[row, : column + 1].all()
+        return batch.ids[row, : column + 1].tolist()
+    seen = mask[row, 0, column, len(batch.shared) :] == 0
+    assert (mask[row, 0, column, : len(batch.shared)] == 0).all()
+    positions = batch.positions[row, seen].tolist()
+    assert positions == list(range(len(batch.shared), len(batch.shared) + len(positions)))
+    assert seen[column]
+    return [*batch.shared, *batch.ids[row, seen].tolist()]
+
+
+@given(queries, st.integers(1, 60), st.booleans())
+def test_every_token_is_asked_for_after_all_that_is_before_it(
+    llama: PreTrainedModel, asked: list[Query], tokens: int, as_trees: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees, "TREE_TOKENS", 30)
+        if not as_trees:
+            patch.setattr(trees, "reads_trees", lambda *_: False)
+        batches = list(plan_batches(llama, asked, Budget(tokens)))
+    assert sorted(n for batch in batches for n in batch.queries) == list(range(len(asked)))
+    for batch in batches:
+        mask = batch.mask(llama)
+        found: list[list[tuple[list[int], int]]] = [[] for _ in range(batch.continuations)]
+        for owner, prediction, token in zip(
+            batch.owners.tolist(), batch.asked.tolist(), batch.tokens.tolist(), strict=True
+        ):
+            place = int(batch.places[prediction])
+            found[owner].append((read_before(batch, place, mask), token))
+        expected = [
+            [([*asked[n].prompt, *each[:k]], token) for k, token in enumerate(each)]
+            for n in batch.queries
+            for each in asked[n].continuations
+        ]
+        assert found == expected
+        assert batch.lengths.tolist() == [len(each) for each in expected]
+
+
+@given(queries)
+def test_a_batch_keeps_to_its_budget(llama: PreTrainedModel, asked: list[Query]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees, "TREE_TOKENS", 15)
+        for batch in plan_batches(llama, asked, Budget(40, predictions=6, rows=3)):
+            rows, width = batch.ids.shape
+            assert rows == 1 or (rows <= 3 and rows * width <= 40 and len(batch.places) <= 6)
+
+
+def test_what_texts_share_is_read_once(llama: PreTrainedModel) -> None:
+    asked = [Query([5, 6, n], [[8, 9, 10], [8, 9, 11], [12]]) for n in range(7, 12)]
+    (batch,) = plan_batches(llama, asked, Budget(1000))
+    # 5 6, and for each prompt its last token and 8 9, after which 10 and 11 are predicted.
+    assert int(batch.read.sum()) == batch.ids.numel() == 2 + 5 * 3
+    assert len(batch.places) == 5 * 3
+    assert len(batch.asked) == 5 * 7
+
+
+def test_what_all_texts_of_several_trees_begin_with_is_read_once(llama: PreTrainedModel) -> None:
+    beginning = [5] * 30
+    asked = [Query([*beginning, 6 + n, *range(6, 56)], [[n]]) for n in range(8)]
+    (batch,) = plan_batches(llama, asked, Budget(1000))
+    assert batch.shared == beginning
+    assert batch.ids.shape == (8, 51)
+    (alone,) = plan_batches(llama, asked[:1], Budget(1000))
+    assert not alone.shared
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_every_family_reads_trees(family: str) -> None:
+    model = model_of(family)
+    assert trees.reads_trees(model, 64)
+    assert trees.reads_trees(model, 65) == (family != "mistral")  # its window
+
+
+def test_models_that_a_mask_does_not_govern_read_texts(llama: PreTrainedModel) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama.config, "layer_types", ["linear_attention"], raising=False)
+        assert not trees.reads_trees(llama, 10)
+        patch.undo()
+        patch.setattr(type(llama), "_is_stateful", True)
+        assert not trees.reads_trees(llama, 10)
+        patch.undo()
+        patch.setattr(llama.config, "_attn_implementation_internal", "flash_attention_2")
+        assert not trees.reads_trees(llama, 10)
+    assert trees.reads_trees(llama, 10)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_gives_what_the_texts_give(
+    family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(family)
+    model.set_attn_implementation(implementation)
+    rng = random.Random(0)
+    prompts = [rng.choices(range(5, 9), k=rng.randrange(1, 12)) for _ in range(30)]
+    samples = [EncodedSample([5, 6, *each], rng.choices(range(5, 9), k=6)) for each in prompts]
+    read = [ResponseReader(model, samples, openings=[OPENINGS] * 30)]
+    monkeypatch.setattr(trees, "reads_trees", lambda *_: False)
+    read.append(ResponseReader(model, samples, openings=[OPENINGS] * 30))
+    tokens = [sum(int(batch.read.sum()) for batch in each.batches) for each in read]
+    assert tokens[0] < 0.6 * tokens[1]
+    for one, other in zip(read[0].scores(), read[1].scores(), strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert one.decision_margin == pytest.approx(other.decision_margin, abs=1e-5)
+
+
+def test_a_wrapper_is_read_to_its_end(llama: PreTrainedModel) -> None:
+    """Such as PEFT's, whose body cannot be told from the model."""
+    from peft import LoraConfig, get_peft_model
+
+    samples = [EncodedSample([5, 6, 7], [8, 9]), EncodedSample([5, 6], [10, 11, 12])]
+    expected = response_scores(llama, samples, openings=[OPENINGS] * 2)
+    adapted = get_peft_model(model_of("llama"), LoraConfig(task_type="CAUSAL_LM", r=2)).eval()
+    found = response_scores(adapted, samples, openings=[OPENINGS] * 2)
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert one.decision_margin == pytest.approx(other.decision_margin, abs=1e-5)

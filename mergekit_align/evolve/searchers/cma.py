@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from mergekit_align.evolve.genes import Genotype
 from mergekit_align.evolve.searchers.base import Outcome, Searcher, Space
+
+
+@contextmanager
+def _absent(*modules: str) -> Iterator[None]:
+    """Modules that are not imported yet are not found: `cma` goes without them, and starts at once."""
+    absent = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 class CmaSearcher(Searcher):
@@ -29,7 +44,7 @@ class CmaSearcher(Searcher):
     def __init__(
         self, space: Space, *, seed: int, sigma: float = 1 / 6, population: int | None = None
     ) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _absent("scipy.stats", "matplotlib.pyplot"):
             warnings.simplefilter("ignore")  # that it cannot plot
             import cma
 

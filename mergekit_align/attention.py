@@ -61,21 +61,27 @@ def _by_products(
         key: of one head for a group of `query`'s; `value` too [batch, key heads, all tokens, width].
         attention_mask: added to the scores [batch, 1, tokens, all tokens].
     """
-    scores = query[..., 0].numel() * key.shape[2]
-    if scores > MOST_SCORES or dropout or more.get("position_bias") is not None:
+    if (
+        query[..., 0].numel() * key.shape[2] > MOST_SCORES
+        or dropout
+        or more.get("position_bias") is not None
+    ):
         found: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS[_FUSED](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
         return found
-    groups, lacking = query.shape[1] // key.shape[1], -key.shape[2] % WIDTH
-    if groups > 1:
-        key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    batch, heads, tokens, width = query.shape
+    lacking = -key.shape[2] % WIDTH
     if lacking:
         key, value = (pad(each, (0, 0, 0, lacking)) for each in (key, value))
         attention_mask = pad(attention_mask, (0, lacking), value=torch.finfo(query.dtype).min)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    scored = torch.add(attention_mask, query @ key.transpose(2, 3), alpha=scale)
-    return (scored.softmax(3) @ value).transpose(1, 2).contiguous(), None
+    # The queries of a key's group are rows of one product.
+    grouped = query.reshape(batch, key.shape[1], -1, width)
+    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, tokens, -1)
+    scale = width**-0.5 if scaling is None else scaling
+    shares = torch.add(attention_mask, scores, alpha=scale).softmax(3)
+    output = (shares.view(*grouped.shape[:3], -1) @ value).view(query.shape)
+    return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_PRODUCTS, _by_products)

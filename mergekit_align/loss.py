@@ -86,8 +86,8 @@ class ResponseReader:
     """Scores encoded samples, a batch at a time; arguments as of `response_scores`.
 
     Args:
-        responses: of each sample, whether its response is read; without, its log-probability is NaN and
-            only the decision is told, which the prompt is enough for.
+        responses: of each sample with openings, whether its response is read; without, its
+            log-probability is NaN and only the decision is told, which the prompt is enough for.
     """
 
     def __init__(
@@ -101,8 +101,11 @@ class ResponseReader:
     ) -> None:
         self._model = model
         self._encoded = encoded
-        self._responses = responses or [True] * len(encoded)
         self._openings = openings or [None] * len(encoded)
+        wanted = responses or [True] * len(encoded)
+        self._responses = [
+            own or not kinds for own, kinds in zip(wanted, self._openings, strict=True)
+        ]
         self._preamble: Preamble | None = None
         queries = [
             Query(prompt, [*([response] if read else []), *(kinds.every if kinds else [])])
@@ -129,13 +132,14 @@ class ResponseReader:
             self._preamble = Preamble(self._model, batch.shared) if batch.shared else None
         cache = self._preamble.cache(len(batch.ids)) if self._preamble else None
         logprobs = continuation_logprobs(self._model, batch, cache).cpu()
+        values = logprobs.tolist()
         scores: dict[int, ResponseScore] = {}
         decided: dict[Openings, list[tuple[int, int]]] = {}
         start = 0
         for index in batch.queries:
             logprob = math.nan
             if self._responses[index]:
-                logprob = float(logprobs[start])
+                logprob = values[start]
                 start += 1
             kinds = self._openings[index]
             if kinds is not None:

@@ -18,6 +18,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from mergekit_align.reading import MIN_SHARED, may_share
 from mergekit_align.token_ids import TokenIds, common_length, longest
@@ -100,8 +101,7 @@ class TreeBatch(NamedTuple):
         seen = (place <= reader) & (reader <= self.ends.unsqueeze(1))
         mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
         mask.masked_fill_(~seen, torch.finfo(model.dtype).min)
-        known = mask.new_zeros(*self.ids.shape, len(self.shared))
-        return torch.cat([known, mask], dim=2).unsqueeze(1)
+        return pad(mask, (len(self.shared), 0)).unsqueeze(1)
 
 
 def reads_trees(model: PreTrainedModel, tokens: int) -> bool:

@@ -37,14 +37,13 @@ class SliceReader(NamedTuple):
         scores = iter(self.reader.scores())
         for name, own in self.places.items():
             task = self.tasks[name]
-            for place in own:
-                found = task.process_results(task.instances[place].doc, [next(scores)])
-                for metric, value in found.items():
-                    key = name, f"{metric},none"
-                    if key in self.wanted:
-                        if key not in into:
-                            into[key] = np.full(len(task.instances), np.nan)
-                        into[key][place] = value
+            found = [task.process_results(task.instances[n].doc, [next(scores)]) for n in own]
+            for metric in found[0] if found else ():
+                key = name, f"{metric},none"
+                if key in self.wanted:
+                    if key not in into:
+                        into[key] = np.full(len(task.instances), np.nan)
+                    into[key][list(own)] = [each[metric] for each in found]
 
 
 class SampleReader:

@@ -9,13 +9,14 @@ TokenIds = tuple[int, ...]
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:
     """How many token ids all rows begin with."""
-    own = [list(row) for row in rows]
-    # In the order of dictionaries the first and the last have least in common.
-    first, last = min(own), max(own)
+    if len(rows) > 2:  # in the order of dictionaries the first and the last have least in common
+        own = [list(row) for row in rows]
+        rows = min(own), max(own)
+    first, last = rows[0], rows[-1]
     for n, (one, other) in enumerate(zip(first, last, strict=False)):
         if one != other:
             return n
-    return len(first)
+    return min(len(first), len(last))
 
 
 def longest(rows: Collection[TokenIds]) -> list[TokenIds]:

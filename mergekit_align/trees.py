@@ -310,12 +310,9 @@ def _tensors(
     positions, read = torch.zeros_like(ids), torch.zeros_like(ids)
     ends = torch.arange(width).repeat(len(rows), 1)
     for n, row in enumerate(rows):
-        length = len(row.ids)
-        ids[n, :length] = torch.tensor(row.ids)
-        positions[n, :length] = torch.tensor(row.depths) + len(shared)
-        read[n, :length] = 1
-        if trees:
-            ends[n, :length] = torch.tensor(row.ends())
+        texts = torch.tensor([row.ids, row.depths, row.ends()])
+        ids[n, : len(row.ids)], positions[n, : len(row.ids)], ends[n, : len(row.ids)] = texts
+        read[n, : len(row.ids)] = 1
     places: list[int] = []
     owners: list[int] = []
     continuations = first = 0
@@ -330,7 +327,7 @@ def _tensors(
         [index for bundle in bundles for index in bundle.asked],
         shared,
         ids.to(device),
-        positions.to(device),
+        (positions + len(shared)).to(device),
         read.to(device),
         ends.to(device) if trees else None,
         predicted.to(device),

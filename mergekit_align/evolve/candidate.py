@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +45,8 @@ class _Course(NamedTuple):
 
     standing: Standing
     race: Race
-    slices: list[SliceReader]
+    slices: Sequence[Callable[[], SliceReader]]
+    """Made when the first candidate comes as far."""
 
 
 class Evaluator:
@@ -132,12 +135,11 @@ class Evaluator:
         else:
             if self._course is None or not _same(self._course.standing, standing):
                 race = Race(self._config, standing, samples.tokens())
-                self._course = _Course(
-                    standing, race, [samples.slice(each) for each in race.slices]
-                )
+                readers = [cache(partial(samples.slice, each)) for each in race.slices]
+                self._course = _Course(standing, race, readers)
             _, race, slices = self._course
-            for stage, each in enumerate(slices):
-                each.read(values)
+            for stage, reader in enumerate(slices):
+                reader().read(values)
                 if stage < len(slices) - 1 and race.is_lost(values, stage):
                     scored = self.fitness.total(race.estimate(values, stage))
                     return scored, race.samples(stage), None

@@ -1,10 +1,12 @@
-"""Racing: candidates see the same samples in growing slices, and one that is losing stops early.
+"""Racing: candidates see the same samples in growing slices, and one that does not lead stops early.
 
 A candidate races the best one so far that has seen all samples, its *rival*. After a slice, the
-difference of their fitness is known with a standard error; where it is below zero with confidence, the
-candidate stops. Both are merges of the same models, so that their difference varies far less than
-their values do, and the slices begin with the samples that vary (see `strata`). What is stopped has an
-estimate: the rival's own metrics, and the estimated difference from them.
+difference of their fitness is known with a standard error; the candidate stops where it does not lead,
+with confidence, by what all of the samples can tell: by one standard error of the difference on as
+many (an indifference zone: Kim & Nelson 2001, doi 10.1145/502109.502111). Both are merges of the same
+models, so that their difference varies far less than their values do, and the slices begin with the
+samples that vary (see `strata`). What is stopped has an estimate: the rival's own metrics, and the
+estimated difference from them.
 
 Races of an evolution strategy's candidates: Heidrich-Meisner & Igel 2009 (ICML, Hoeffding and Bernstein
 races for selecting policies), whose bounds hold for any distribution and tell nothing apart before
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from mergekit_align.evolve.study import Evaluation
 
 MISTAKES = 0.05
-"""Share of the candidates as good as their rival that are stopped, at most."""
+"""Share of the candidates that lead by more than that and are stopped, at most."""
 _PRIOR = 2  # samples that what is known of a stratum's spread counts as
 _LOGPROB = "decision_logprob,none"
 
@@ -68,6 +70,16 @@ class Field:
         others = [each.samples for each in self._complete if each.samples and each is not best]
         if best is not None and best.samples is not None:
             self.standing = Standing.of(best.samples, others)
+
+
+class _Difference(NamedTuple):
+    """Of a candidate from its rival."""
+
+    mean: float
+    error: float
+    """The mean's standard error, as an estimate of that on all samples."""
+    error_of_all: float
+    """That of the mean on all samples, as an estimate of that on any others."""
 
 
 class Race:
@@ -108,29 +120,30 @@ class Race:
         return sum(each.seen[self._stages[stage]] for each in self._strata)
 
     def is_lost(self, values: SampleValues, stage: int) -> bool:
-        """Whether a candidate is worse than its rival, with confidence, after a slice.
+        """Whether a candidate does not lead its rival, with confidence, after a slice.
 
         As in the ranking, the floors come first: it is worse if it misses them by more, or if the
-        rival keeps them and is fitter.
+        rival keeps them and is as fit.
         """
         lowest = missed = 0.0
         for metric, least in self._floors:
             known = float(self._rival[metric].mean())
-            mean, error = self._difference({metric: 1.0}, values, stage)
+            difference = self._difference({metric: 1.0}, values, stage)
             missed += max(0.0, least - known)
-            lowest += max(0.0, least - known - mean - self._width * error)
+            lowest += max(0.0, least - known - difference.mean - self._width * difference.error)
         if lowest > missed:
             return True
-        mean, error = self._difference(self._weights, values, stage)
-        return missed == 0 and mean + self._width * error < 0
+        difference = self._difference(self._weights, values, stage)
+        highest = difference.mean + self._width * difference.error
+        return missed == 0 and highest < difference.error_of_all
 
     def estimate(self, values: SampleValues, stage: int) -> Results:
         """The metrics of a candidate that has seen the slices up to `stage`."""
         found: Results = {}
         for name, metric in values:
-            difference, _ = self._difference({(name, metric): 1.0}, values, stage)
+            difference = self._difference({(name, metric): 1.0}, values, stage)
             whole = float(self._rival[name, metric].mean())
-            found.setdefault(name, {})[metric] = whole + difference
+            found.setdefault(name, {})[metric] = whole + difference.mean
         return found
 
     def _slice(self, before: int | None, stage: int) -> Slice:
@@ -148,13 +161,13 @@ class Race:
 
     def _difference(
         self, weights: Mapping[Metric, float], values: SampleValues, stage: int
-    ) -> tuple[float, float]:
-        """How much more a candidate has of a sum of metrics than its rival, and the standard error.
+    ) -> _Difference:
+        """How much more a candidate has of a sum of metrics than its rival.
 
         What is known of a stratum's spread counts as samples too: a few that are alike say little of
         what varies seldom, such as a decision.
         """
-        mean = variance = 0.0
+        mean = variance = variance_of_all = 0.0
         for task, places, share, seen in self._strata:
             own = _of_task(task, weights.items())
             if not own:
@@ -168,9 +181,10 @@ class Race:
             known = float((self._spread_of(own)[places] ** 2).mean())
             spread = float(((differences - differences.mean()) ** 2).sum()) + _PRIOR * known
             mean += share * float(differences.mean())
-            rest = 1 - count / len(places)
-            variance += share**2 * spread / (count - 1 + _PRIOR) / count * rest
-        return mean, variance**0.5
+            own_variance = share**2 * spread / (count - 1 + _PRIOR)
+            variance += own_variance / count * (1 - count / len(places))
+            variance_of_all += own_variance / len(places)
+        return _Difference(mean, variance**0.5, variance_of_all**0.5)
 
 
 def check_racing(config: EvolveConfig) -> None:

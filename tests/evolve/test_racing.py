@@ -16,7 +16,7 @@ from mergekit_align.evolve import EvolveConfig, read_config, search
 from mergekit_align.evolve.racing import MISTAKES, Race, Standing
 from mergekit_align.evolve.ranking import best_of
 from mergekit_align.evolve.sample_values import SampleValues
-from mergekit_align.evolve.strata import stratify
+from mergekit_align.evolve.strata import SHARES, stratify
 from mergekit_align.report.study_file import read_study
 
 WriteConfig = Callable[..., Path]
@@ -81,7 +81,7 @@ def test_of_costly_samples_fewer_are_read_at_first() -> None:
     seen = {name: sum(each.seen[1] for each in strata if each.task == name) for name in spread}
     assert seen["short"] > 1.5 * seen["long"]
     spent = sum(cost[name] * count for name, count in seen.items())
-    assert spent == pytest.approx(200 * (10 + 160) / 4, rel=0.1)
+    assert spent == pytest.approx(200 * (10 + 160) * SHARES[1], rel=0.1)
 
 
 def test_what_is_much_worse_stops_first(config: EvolveConfig) -> None:
@@ -91,14 +91,25 @@ def test_what_is_much_worse_stops_first(config: EvolveConfig) -> None:
     assert lost_after(config, rival, another(rng, rival, 1.0)) is None
 
 
-def test_what_is_as_good_is_hardly_ever_stopped(config: EvolveConfig) -> None:
+def test_a_lead_that_the_samples_can_tell_is_hardly_ever_stopped(config: EvolveConfig) -> None:
     rng = np.random.default_rng(1)
     rival = values(rng)
-    stopped = sum(
-        lost_after(config, rival, another(rng, rival, 0.0)) is not None for _ in range(200)
-    )
+
+    def stopped(lead: float) -> int:
+        """Of 200 that are better by so many standard errors of the fitness's difference."""
+        lost = 0
+        for _ in range(200):
+            own = another(rng, rival, 0.0)
+            differences = [own[each] - rival[each] for each in (ALIGNMENT, TASK)]
+            weighted = [t["weight"] * d for t, d in zip(TASKS, differences, strict=True)]  # type: ignore[operator]
+            own[ALIGNMENT] += lead * float(sum(each.var() for each in weighted) / SIZE) ** 0.5
+            lost += lost_after(config, rival, own) is not None
+        return lost
+
     allowed = 200 * MISTAKES
-    assert stopped <= allowed + 2 * allowed**0.5  # of so few trials
+    # Just above one, what chance makes of the standard error itself decides.
+    assert stopped(2.0) <= allowed
+    assert stopped(0.0) > 100  # as good is no lead
 
 
 def test_an_estimate_is_without_bias_and_nearer_than_the_samples_mean(config: EvolveConfig) -> None:

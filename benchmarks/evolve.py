@@ -38,6 +38,7 @@ from mergekit.options import MergeOptions
 from rich.console import Console
 from rich.table import Table
 
+import mergekit_align.cli  # noqa: F401 - for its process's settings
 from mergekit_align.devices import default_device
 from mergekit_align.evolve import Evaluator, EvolveConfig, Search, read_config, search
 from mergekit_align.evolve.merging import MergedModel

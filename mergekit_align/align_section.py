@@ -121,7 +121,7 @@ class AlignSection(BaseModel):
     distillation: Distillation | None = None
     """A term of the fitness that keeps the merged model near its parents on their own samples."""
     racing: bool = False
-    """Whether candidates see the samples in growing slices, and one that is losing stops early."""
+    """Whether candidates see the samples in growing slices, and one that does not lead stops early."""
 
 
 def parse_align_section(content: dict[str, Any], file: str | os.PathLike[str]) -> AlignSection:

@@ -80,7 +80,7 @@ def _by_products(
     scores = (grouped @ key.transpose(2, 3)).view(batch, heads, tokens, -1)
     scale = width**-0.5 if scaling is None else scaling
     shares = torch.add(attention_mask, scores, alpha=scale).softmax(3)
-    output = (shares.view(*grouped.shape[:3], -1) @ value).view(query.shape)
+    output = (shares.view(*grouped.shape[:3], -1) @ value).view(batch, heads, tokens, -1)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -72,9 +72,9 @@ def _read(
     """States of a batch's predictions [predictions, width], and what gives the logits of some."""
 
     def run(model: PreTrainedModel) -> Any:
-        kernel = nullcontext() if batch.ends is None else short_attention(model)
-        mask, kept = batch.mask(model), cache is not None
-        with kernel:
+        kept = cache is not None
+        with nullcontext() if batch.ends is None else short_attention(model):
+            mask = batch.mask(model)
             return run_model(
                 model, batch.ids, mask, batch.positions, keep=0, cache=cache, use_cache=kept
             )
@@ -84,7 +84,8 @@ def _read(
         with _predicting(model, batch.places):
             return run(model).logits.squeeze(0), lambda logits: logits
     output = run(cast("PreTrainedModel", body))
-    states = output.last_hidden_state.flatten(0, 1)[batch.places.to(model.device)]
+    states = output.last_hidden_state.flatten(0, 1)
+    states = states[batch.places.to(states.device)]
 
     def logits_of(states: torch.Tensor) -> torch.Tensor:
         read = type(output)(last_hidden_state=states.unsqueeze(0))

@@ -91,17 +91,20 @@ class TreeBatch(NamedTuple):
     def mask(self, model: PreTrainedModel) -> torch.Tensor:
         """What each token sees, as transformers takes it.
 
-        Of trees, what is added to attention's scores, 0 or the least number [rows, 1, tokens, `shared`
-        and tokens]; else 1 for what is read [rows, tokens].
+        Of trees, [rows, 1, tokens, `shared` and tokens]: for PyTorch's attention whether it is seen,
+        for others what is added to the scores, 0 or the least number. Else 1 for what is read
+        [rows, tokens].
         """
         if self.ends is None:
             return self.read
         place = torch.arange(self.ids.shape[1], device=self.ids.device)
         reader = place.unsqueeze(1)
         seen = (place <= reader) & (reader <= self.ends.unsqueeze(1))
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
-        mask.masked_fill_(~seen, torch.finfo(model.dtype).min)
-        return pad(mask, (len(self.shared), 0)).unsqueeze(1)
+        seen = pad(seen, (len(self.shared), 0), value=True).unsqueeze(1)
+        if model.config.get_text_config()._attn_implementation == "sdpa":
+            return seen
+        least = torch.finfo(model.dtype).min
+        return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, least)
 
 
 def reads_trees(model: PreTrainedModel, tokens: int) -> bool:

@@ -25,8 +25,8 @@ def given(
     seen = torch.rand(3, 1, tokens, known + tokens, generator=generator) > 0.5
     seen[:, 0, :, known:] |= torch.eye(tokens, dtype=torch.bool)
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    keys = (3, key_heads, known + tokens, 16)
-    return [drawn(3, heads, tokens, 16), drawn(*keys), drawn(*keys), mask]
+    keys = 3, key_heads, known + tokens
+    return [drawn(3, heads, tokens, 16), drawn(*keys, 16), drawn(*keys, 24), mask]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Racing: what is losing stops early, what wins has seen every sample."""
+"""Racing: what does not lead stops early, what wins has seen every sample."""
 
 from __future__ import annotations
 

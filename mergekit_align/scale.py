@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from mergekit_align.attention import MOST_SCORES
 from mergekit_align.gradient import BATCH_TOKENS as GRADIENT_TOKENS
 from mergekit_align.guard.scorer import BATCH_TOKENS as GUARD_TOKENS
 from mergekit_align.loss import BATCH_TOKENS as LOSS_TOKENS
@@ -47,6 +48,7 @@ class Shape(NamedTuple):
     hidden: int
     inner: int
     """Width of the feed-forward layers."""
+    heads: int
     attention: int
     """Width of a token's queries, all heads together."""
     cache: int
@@ -82,6 +84,7 @@ class Shape(NamedTuple):
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             inner=text.intermediate_size,
+            heads=heads,
             attention=heads * width,
             cache=2 * keys * width * text.num_hidden_layers,
             gram=sum(features**2 for _, features, _ in inputs),
@@ -201,13 +204,20 @@ def loss(shape: Shape, work: Work, machine: Machine) -> Step:
     logits = texts * work.response * shape.vocabulary
     # Written by the output layer, read and written by the softmax, read where a token is chosen.
     traffic = tokens * shape.element_wise * machine.itemsize + 4 * FLOAT32 * logits
-    # The cache is copied where the responses go on.
-    taken = texts * (2 * work.prompt + work.response) * shape.cache * machine.itemsize
+    # The states, the feed-forward layer's inner ones, and where attention is by products its scores.
+    taken = tokens * (3 * shape.hidden + 3 * shape.inner) * machine.itemsize
+    taken += 2 * _scores(shape, machine, tokens, length) * machine.itemsize
     taken += min(logits, BATCH_LOGITS) * (2 * FLOAT32 + _copied(machine))
     products = shape.products(tokens, texts * work.response)
     batch = _seconds(shape, machine, products, shape.attended(tokens, length), traffic, taken)
     held = shape.parameters * machine.itemsize + taken
     return _step("loss", batch * work.samples / texts, held, machine)
+
+
+def _scores(shape: Shape, machine: Machine, tokens: int, length: int) -> int:
+    """Of attention in one layer, where they are held."""
+    scores = tokens * length * shape.heads
+    return scores if machine.cpu and scores <= MOST_SCORES else 0
 
 
 def merge_step(shape: Shape, work: Work, machine: Machine) -> Step:
@@ -259,6 +269,7 @@ def gradient(shape: Shape, work: Work, machine: Machine) -> Step:
     traffic += 2 * shape.parameters * machine.itemsize
     # A backward pass has a tensor's gradient beside their sum; the largest is the embedding's.
     taken = 2 * shape.largest * machine.itemsize + tokens * shape.saved * machine.itemsize
+    taken += shape.layers * _scores(shape, machine, tokens, length) * machine.itemsize
     # Of the logits, their softmax and their gradient the last two are there at once, and while the
     # gradient of the output layer is summed up, neither.
     taken += max(0, min(logits, BATCH_LOGITS) * 3 * FLOAT32 - 2 * shape.largest * machine.itemsize)

@@ -83,6 +83,30 @@ def test_a_command_keeps_the_memory_that_it_frees_unless_the_user_says_otherwise
     assert (int(told.stdout) < 20) == (user is None)  # pages that Linux cleared anew
 
 
+def said_by(program: str) -> str:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_only_commands_set_up_their_process() -> None:
+    threshold = "import gc, mergekit_align{}; print(gc.get_threshold()[0])"
+    assert said_by(threshold.format("")) == said_by("import gc; print(gc.get_threshold()[0])")
+    assert said_by(threshold.format(".cli.evolve")) == "10000"
+
+
+def test_a_search_does_without_what_its_searcher_may_have() -> None:
+    """`cma` asks for a part of scipy that it hardly uses, and takes half a second to import."""
+    program = (
+        "import sys, numpy as np, mergekit_align.evolve.searchers.cma as searcher\n"
+        "from mergekit_align.evolve.searchers.base import Space\n"
+        "from mergekit_align.evolve.genes import Gene\n"
+        "searcher.CmaSearcher(Space([Gene(x, 0.0, 1.0, 0.5) for x in 'ab']), seed=0)\n"
+        "print('scipy.stats' in sys.modules)\n"
+        "import scipy.stats; print(scipy.stats.norm.cdf(0))"
+    )
+    assert said_by(program).split() == ["False", "0.5"]
+
+
 def test_no_name_is_a_subpackages() -> None:
     """Importing `mergekit_align.evaluate` would put the package where the function was."""
     modules = {module.name for module in pkgutil.iter_modules(mergekit_align.__path__)}

@@ -23,6 +23,7 @@ MOST_SCORES = 2**24
 """Scores that are held at once, 32 MiB in bfloat16; where there are more, PyTorch's kernel is used."""
 WIDTH = 32
 """Numbers in bfloat16 that a register holds: a softmax over scores of other widths is far slower."""
+_OTHERS = "position_bias", "softcap", "s_aux"  # what else some models have done to the scores
 _FUSED, _PRODUCTS = "sdpa", "mergekit_align_products"
 
 
@@ -61,11 +62,8 @@ def _by_products(
         key: of one head for a group of `query`'s; `value` too [batch, key heads, all tokens, width].
         attention_mask: added to the scores [batch, 1, tokens, all tokens].
     """
-    if (
-        query[..., 0].numel() * key.shape[2] > MOST_SCORES
-        or dropout
-        or more.get("position_bias") is not None
-    ):
+    special = dropout or any(more.get(each) is not None for each in _OTHERS)
+    if special or query[..., 0].numel() * key.shape[2] > MOST_SCORES:
         found: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS[_FUSED](
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )

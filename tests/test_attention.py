@@ -49,6 +49,16 @@ def test_outputs_and_gradients_are_those_of_the_fused_kernel(
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
+def test_what_else_a_model_has_done_to_the_scores_is_left_to_the_fused_kernel() -> None:
+    inputs = given(4, 4, 8, 0, torch.float32)
+    for name, value in (("position_bias", torch.randn(1, 4, 8, 8)), ("dropout", 1.0)):
+        output, _ = attention._by_products(torch.nn.Module(), *inputs, **{name: value})
+        expected, _ = sdpa_attention_forward(torch.nn.Module(), *inputs, **{name: value})
+        torch.testing.assert_close(output, expected)
+    with pytest.raises(ValueError, match="softcap"):
+        attention._by_products(torch.nn.Module(), *inputs, softcap=30.0)
+
+
 def kernels(run: object) -> set[str]:
     with torch.profiler.profile() as profile:
         run()  # type: ignore[operator]

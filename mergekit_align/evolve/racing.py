@@ -26,7 +26,7 @@ from mergekit_align.errors import InputError
 from mergekit_align.evolve.genes import Array
 from mergekit_align.evolve.ranking import best_of
 from mergekit_align.evolve.sample_values import Metric, SampleValues, Slice
-from mergekit_align.evolve.strata import SHARES, stratify
+from mergekit_align.evolve.strata import SHARES, Places, Stratum, stratify
 from mergekit_align.tasks.response import is_response_task
 
 if TYPE_CHECKING:
@@ -113,6 +113,13 @@ class Race:
         self.slices = [
             self._slice(stages[n - 1] if n else None, stage) for n, stage in enumerate(stages)
         ]
+        self._parts = [
+            {
+                name: _Part.of([each for each in self._strata if each.task == name], stage)
+                for name in names
+            }
+            for stage in stages
+        ]
         self._width = NormalDist().inv_cdf(1 - MISTAKES / max(1, len(stages) - 1))
 
     def samples(self, stage: int) -> int:
@@ -168,23 +175,54 @@ class Race:
         what varies seldom, such as a decision.
         """
         mean = variance = variance_of_all = 0.0
-        for task, places, share, seen in self._strata:
+        for task, part in self._parts[stage].items():
             own = _of_task(task, weights.items())
             if not own:
                 continue
-            count = seen[self._stages[stage]]
-            drawn = places[:count]
             differences: Array = np.sum(
-                [w * (values[each][drawn] - self._rival[each][drawn]) for each, w in own.items()],
+                [w * (values[m][part.drawn] - self._rival[m][part.drawn]) for m, w in own.items()],
                 axis=0,
             )
-            known = float((self._spread_of(own)[places] ** 2).mean())
-            spread = float(((differences - differences.mean()) ** 2).sum()) + _PRIOR * known
-            mean += share * float(differences.mean())
-            own_variance = share**2 * spread / (count - 1 + _PRIOR)
-            variance += own_variance / count * (1 - count / len(places))
-            variance_of_all += own_variance / len(places)
+            means = _sums(differences, part.seen) / part.seen
+            known = _sums(self._spread_of(own)[part.places] ** 2, part.sizes) / part.sizes
+            around = _sums((differences - np.repeat(means, part.seen)) ** 2, part.seen)
+            spread = part.shares**2 * (around + _PRIOR * known) / (part.seen - 1 + _PRIOR)
+            mean += float(part.shares @ means)
+            variance += float((spread / part.seen * (1 - part.seen / part.sizes)).sum())
+            variance_of_all += float((spread / part.sizes).sum())
         return _Difference(mean, variance**0.5, variance_of_all**0.5)
+
+
+class _Part(NamedTuple):
+    """A task's strata at a stage, one after another."""
+
+    places: Places
+    """Every sample's."""
+    sizes: Places
+    """Samples of each stratum."""
+    drawn: Places
+    """Places of those seen."""
+    seen: Places
+    """Number of these of each stratum."""
+    shares: Array
+    """Of the task's samples that each stratum has."""
+
+    @classmethod
+    def of(cls, strata: Sequence[Stratum], stage: int) -> _Part:
+        """Of the strata of one task."""
+        return cls(
+            np.concatenate([each.places for each in strata]),
+            np.array([len(each.places) for each in strata]),
+            np.concatenate([each.places[: each.seen[stage]] for each in strata]),
+            np.array([each.seen[stage] for each in strata]),
+            np.array([each.share for each in strata]),
+        )
+
+
+def _sums(values: Array, sizes: Places) -> Array:
+    """Of groups of such sizes, one after another, none of them empty."""
+    sums: Array = np.add.reduceat(values, np.cumsum(sizes) - sizes)
+    return sums
 
 
 def check_racing(config: EvolveConfig) -> None:

@@ -89,7 +89,7 @@ def run(command: str, world: Path, evaluations: int, limit: int | None, **align:
 def evaluations(world: Path, limit: int | None) -> dict[str, Any]:
     few, found = 16, {}
     for label, command, more, align in (
-        ("stock, on disk", "mergekit-evolve", 16, {"in_memory": False}),
+        ("stock, on disk", "mergekit-evolve", 48, {"in_memory": False}),
         ("ours", "mergekit-align-evolve", 96, {}),
     ):
         whole = run(command, world, few, limit, **align)

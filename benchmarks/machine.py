@@ -73,11 +73,6 @@ def copy_rate(device: str, to: str | None = None) -> float:
     return moved / best_seconds(lambda: target.copy_(source), device)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as it does once it had to free a piece of this size."""
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-
 def new_memory_rate() -> float:
     """Bytes a second that are first written to memory that this process has just been given."""
     size = 2**28

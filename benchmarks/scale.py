@@ -28,7 +28,6 @@ from machine import (
     best_seconds,
     clock,
     copy_rate,
-    keep_freed_memory,
     matmul_rate,
     memory,
     name,
@@ -53,6 +52,7 @@ from mergekit_align.gradient import accumulate_gradient
 from mergekit_align.guard.scorer import HuggingFaceScorer
 from mergekit_align.guard.verdict import VerdictTree
 from mergekit_align.loss import response_scores
+from mergekit_align.process import keep_memory
 from mergekit_align.scale import Machine, Shape, Step, Work
 from mergekit_align.statistics.collect import _collect
 from mergekit_align.statistics.files import Header, Kind
@@ -112,7 +112,7 @@ def gpu(model: str, devices: int, share: float) -> Machine:
 
 def measured_machine(size: Size, work: Work, device: str, dtype: torch.dtype) -> Machine:
     """Rates of products as large as a batch's in this model's feed-forward layers, and of the rest."""
-    keep_freed_memory()
+    keep_memory()
     tokens = 256 if device == "cpu" else 8192
     sizes = (tokens, size.hidden, size.inner)
     bandwidth = copy_rate(device)

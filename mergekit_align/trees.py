@@ -175,13 +175,13 @@ class _Row:
         self._text: list[int] = []
         self._path: list[int] = []
 
-    def more(self, text: list[int]) -> int:
-        """How many tokens of a text are not read yet."""
-        return len(text) - common_length([self._text, text])
+    def known(self, text: list[int]) -> int:
+        """How many tokens a text begins with need not be read again."""
+        return common_length([self._text, text])
 
     def add(self, text: list[int]) -> list[int]:
         """The places of a text's tokens."""
-        known = len(text) - self.more(text)
+        known = self.known(text)
         self._path[known:] = range(len(self.ids), len(self.ids) + len(text) - known)
         self._text = text
         self.ids += text[known:]
@@ -224,9 +224,9 @@ def _trees(queries: Sequence[Query], members: Sequence[int], known: int) -> list
         prompt, continuations = list(queries[index].prompt[known:]), queries[index].continuations
         texts = sorted({tuple(each[:-1]) for each in continuations})
         size = len(prompt) + _tokens(texts)
-        row = trees[-1].rows[0] if trees else _Row()
-        after = len(row.ids) + size - (len(prompt) - row.more(prompt))
-        if not trees or after > max(TREE_TOKENS, size * 3 // 2):
+        room = max(TREE_TOKENS, size * 3 // 2) - size
+        row = trees[-1].rows[0] if trees else None
+        if row is None or len(row.ids) - row.known(prompt) > room:
             row = _Row()
             trees.append(_Bundle([row], {}, []))
         places = {text: row.add([*prompt, *text])[len(prompt) - 1 :] for text in texts}

@@ -1,5 +1,5 @@
 """One click command a file: it parses, calls and prints; what a command does lives elsewhere."""
 
-from mergekit_align.cli.process import set_up
+from mergekit_align.process import set_up
 
 set_up()

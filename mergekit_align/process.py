@@ -19,7 +19,7 @@ def set_up() -> None:
     # torch, when it first allocates, looks whether to ask Linux for huge pages. With them new memory
     # costs a fifth of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    _keep_memory()
+    keep_memory()
     # Importing torch and transformers makes a million objects that stay. To look through them for
     # garbage takes a quarter of the time that the imports take, and as long again at the end, where
     # there is nothing to be gained.
@@ -27,7 +27,7 @@ def set_up() -> None:
     atexit.register(gc.freeze)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc keep what is freed: up to 512 MiB, and pieces of up to 32 MiB, the most that it takes.
 
     What it gives back, Linux clears when it is wanted again: a quarter of a candidate's time in a

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MISTAKES = 0.05
 """Share of the candidates that lead by more than that and are stopped, at most."""
 _PRIOR = 2  # samples that what is known of a stratum's spread counts as
+_LATEST = 4  # candidates that tell the spread: a search's differ ever less
 _LOGPROB = "decision_logprob,none"
 
 
@@ -261,7 +262,8 @@ def racing_metrics(config: EvolveConfig) -> list[Metric]:
 
 
 def _spread(metric: Metric, rival: SampleValues, others: Sequence[SampleValues]) -> Array:
-    """How far others are from the rival on each sample; where few are known, as uncertainty tells."""
+    """How far others are from the rival on each sample: few tell, so that uncertainty tells as much."""
+    others = others[-_LATEST:]
     unsure: Array = np.mean([_uncertainty(metric, each) for each in [rival, *others]], axis=0)
     if not others:
         return unsure
@@ -269,7 +271,7 @@ def _spread(metric: Metric, rival: SampleValues, others: Sequence[SampleValues])
     known: Array = np.sqrt((far**2).mean(axis=0))
     # Of the same size: how uncertain a sample is says where candidates differ, not by how much.
     size = float(np.sqrt((unsure**2).mean())) or 1.0
-    return known + unsure * (float(np.sqrt((known**2).mean())) / size)
+    return (known + unsure * (float(np.sqrt((known**2).mean())) / size)) / 2
 
 
 def _uncertainty(metric: Metric, values: SampleValues) -> Array:

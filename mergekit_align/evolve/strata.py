@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mergekit_align.evolve.genes import Array
 
-SHARES = (1 / 10, 1 / 5, 2 / 5, 1)
+SHARES = (1 / 12, 1 / 6, 1 / 3, 1)
 """Share of all that reading the samples costs, that has been spent after each slice."""
 CUTS = (0.05, 0.1, 0.2, 0.4)
 """Share of a task's samples that vary more than those of each next stratum."""

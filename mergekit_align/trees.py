@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
@@ -172,18 +173,14 @@ class _Row:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.depths: list[int] = []
-        self._text: list[int] = []
+        self.last: list[int] = []
+        """The text that was added last."""
         self._path: list[int] = []
 
-    def known(self, text: list[int]) -> int:
-        """How many tokens a text begins with need not be read again."""
-        return common_length([self._text, text])
-
-    def add(self, text: list[int]) -> list[int]:
-        """The places of a text's tokens."""
-        known = self.known(text)
+    def add(self, text: list[int], known: int) -> list[int]:
+        """The places of a text's tokens, of which as many as `known` are the last text's too."""
         self._path[known:] = range(len(self.ids), len(self.ids) + len(text) - known)
-        self._text = text
+        self.last = text
         self.ids += text[known:]
         self.depths += range(known, len(text))
         return list(self._path)
@@ -220,25 +217,23 @@ class _Bundle(NamedTuple):
 def _trees(queries: Sequence[Query], members: Sequence[int], known: int) -> list[_Bundle]:
     """Trees of queries, without the first `known` tokens."""
     trees: list[_Bundle] = []
+    row: _Row | None = None
     for index in sorted(members, key=lambda each: list(queries[each].prompt)):
         prompt, continuations = list(queries[index].prompt[known:]), queries[index].continuations
         texts = sorted({tuple(each[:-1]) for each in continuations})
-        size = len(prompt) + _tokens(texts)
+        shared = [common_length(pair) for pair in pairwise(texts)]
+        size = len(prompt) + sum(map(len, texts)) - sum(shared)
         room = max(TREE_TOKENS, size * 3 // 2) - size
-        row = trees[-1].rows[0] if trees else None
-        if row is None or len(row.ids) - row.known(prompt) > room:
-            row = _Row()
+        same = common_length([row.last, [*prompt, *texts[0]]]) if row else 0
+        if row is None or len(row.ids) - min(same, len(prompt)) > room:
+            row, same = _Row(), 0
             trees.append(_Bundle([row], {}, []))
-        places = {text: row.add([*prompt, *text])[len(prompt) - 1 :] for text in texts}
+        places = {}
+        for text, begun in zip(texts, [same, *(len(prompt) + each for each in shared)], strict=True):
+            places[text] = row.add([*prompt, *text], begun)[len(prompt) - 1 :]
         trees[-1].asked[index] = [(0, places[tuple(each[:-1])]) for each in continuations]
         trees[-1].tokens.extend(chain(*continuations))
     return trees
-
-
-def _tokens(texts: Sequence[TokenIds]) -> int:
-    """Tokens of a tree of sorted texts."""
-    pairs = zip([(), *texts], texts, strict=False)
-    return sum(len(text) - common_length([before, text]) for before, text in pairs)
 
 
 def _plain(index: int, query: Query) -> _Bundle:
@@ -247,7 +242,7 @@ def _plain(index: int, query: Query) -> _Bundle:
     texts = longest({tuple(each[:-1]) for each in query.continuations})
     rows = [_Row() for _ in texts]
     for row, text in zip(rows, texts, strict=True):
-        row.add([*prompt, *text])
+        row.add([*prompt, *text], 0)
     asked = []
     for each in query.continuations:
         inner = tuple(each[:-1])
@@ -309,13 +304,11 @@ def _tensors(
 ) -> TreeBatch:
     rows = [row for bundle in bundles for row in bundle.rows]
     width = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions, read = torch.zeros_like(ids), torch.zeros_like(ids)
-    ends = torch.arange(width).repeat(len(rows), 1)
+    table = np.zeros((4, len(rows), width), dtype=np.int64)
+    table[3] = np.arange(width)
     for n, row in enumerate(rows):
-        texts = torch.tensor([row.ids, row.depths, row.ends()])
-        ids[n, : len(row.ids)], positions[n, : len(row.ids)], ends[n, : len(row.ids)] = texts
-        read[n, : len(row.ids)] = 1
+        table[:, n, : len(row.ids)] = row.ids, row.depths, [1] * len(row.ids), row.ends()
+    ids, positions, read, ends = torch.from_numpy(table)
     places: list[int] = []
     owners: list[int] = []
     continuations = first = 0

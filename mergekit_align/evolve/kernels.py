@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_align.evolve.magnitudes import MAGNITUDE, Magnitudes, Selection, keep
-from mergekit_align.stretches import stretches
+from mergekit_align.stretches import ENTRIES, stretches
 
 _ONE = 0x3F80  # the bits of 1 in bfloat16
 
@@ -130,15 +131,14 @@ class TaskArithmeticKernel(Kernel):
         weights = self._weights(own, target.device)
         for piece, out in _stretches(target):
             base = self._base[piece]
-            deltas = self._task_vectors(piece, base, kept)
-            deltas.mul_(weights)
+            deltas = self._task_vectors(piece, base, kept) * weights
             agree = self._agreement(deltas)
             mixed = _sum(deltas if agree is None else keep(deltas, agree))
             if shared["normalize"]:
                 mixed /= self._divisor(weights, agree)
             if shared["lambda"] != 1:
                 mixed *= shared["lambda"]
-            out.copy_(mixed.add_(base))
+            torch.add(mixed, base, out=out)
 
     def products(
         self,
@@ -165,8 +165,7 @@ class TaskArithmeticKernel(Kernel):
         self, own: Mapping[ModelReference, Mapping[str, Any]], device: torch.device
     ) -> torch.Tensor:
         """[models, 1]"""
-        weights = [own[model]["weight"] for model in self._models]
-        return torch.tensor(weights, dtype=torch.bfloat16, device=device).unsqueeze(1)
+        return _column(tuple(own[model]["weight"] for model in self._models), device)
 
     def _select(
         self, own: Mapping[ModelReference, Mapping[str, Any]]
@@ -177,13 +176,32 @@ class TaskArithmeticKernel(Kernel):
     def _task_vectors(
         self, piece: slice, base: torch.Tensor, kept: Sequence[Selection | None]
     ) -> torch.Tensor:
-        """[models, numbers]"""
-        deltas = base.new_empty((len(self._tensors), *base.shape))
-        for row, tensor, selection in zip(deltas, self._tensors, kept, strict=True):
-            torch.sub(tensor[piece], base, out=row)
+        """[models, numbers], which are not to be changed."""
+        whole = all(selection is None for selection in kept)
+        if self._is_small:
+            deltas = self._small if whole else self._small.clone()
+        else:
+            deltas = self._differences(piece, base)
+        for row, selection in zip(deltas, kept, strict=True):
             if selection is not None:
                 row.copy_(keep(row, selection.mask(row, piece)))
         return deltas
+
+    def _differences(self, piece: slice, base: torch.Tensor) -> torch.Tensor:
+        """From the base, [models, numbers]."""
+        deltas = base.new_empty((len(self._tensors), *base.shape))
+        for row, tensor in zip(deltas, self._tensors, strict=True):
+            torch.sub(tensor[piece], base, out=row)
+        return deltas
+
+    @property
+    def _is_small(self) -> bool:
+        """Whether the differences may be kept: a large model has few such tensors."""
+        return self._base.device.type == "cpu" and self._base.numel() <= ENTRIES
+
+    @cached_property
+    def _small(self) -> torch.Tensor:
+        return self._differences(slice(None), self._base)
 
     def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
         """Which numbers of the weighted task vectors count, as `keep` takes them; `None` for all."""
@@ -264,6 +282,11 @@ def kernel_for(
     if task.base_model not in inputs or not others:
         return None
     return kind(others, [inputs[model] for model in others], inputs[task.base_model])
+
+
+@lru_cache(64)
+def _column(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.bfloat16, device=device).unsqueeze(1)
 
 
 def _sum(rows: torch.Tensor) -> torch.Tensor:

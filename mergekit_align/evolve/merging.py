@@ -10,12 +10,14 @@ ways to the same bits.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
@@ -238,12 +240,10 @@ class MergedModel:
 
     def merge(self, config: MergeConfiguration) -> list[TensorMerge]:
         """Make the model this candidate; how, tensor by tensor."""
-        from transformers.trainer_utils import set_seed
-
         merges = self.resolve(config)
         self._load(merges)
         if self._options.random_seed is not None:
-            set_seed(self._options.random_seed)
+            _set_seed(self._options.random_seed)
         self._prepare(merges, config.out_dtype)
         written = set()
         for merge in merges:
@@ -399,6 +399,15 @@ class MergedModel:
             f"{self._out_config.architectures[0]}: found no parameter {name} in the model; expected "
             "the checkpoints' names to be the model's own"
         )
+
+
+def _set_seed(seed: int) -> None:
+    """As transformers' `set_seed` does, which keeps a trace of every call until CUDA is used."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 def _dtype(merge: TensorMerge, out_dtype: str | None) -> torch.dtype | None:

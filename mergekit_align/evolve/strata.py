@@ -20,7 +20,7 @@ SHARES = (1 / 12, 1 / 6, 1 / 3, 1)
 """Share of all that reading the samples costs, that has been spent after each slice."""
 CUTS = (0.05, 0.1, 0.2, 0.4)
 """Share of a task's samples that vary more than those of each next stratum."""
-LEAST = 3
+LEAST = 2
 """Samples of every stratum in the first slice, at least."""
 _CALM = 0.02  # of the mean: no sample is taken to vary less
 _STILL = 1e-100  # where none varies at all

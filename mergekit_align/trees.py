@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import pad
 
 from mergekit_align.reading import MIN_SHARED, may_share
-from mergekit_align.token_ids import TokenIds, common_length, longest
+from mergekit_align.token_ids import common_length, longest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from mergekit_align.demo.tokenizer import build_tokenizer
+from mergekit_align.evolve import kernels as merge_kernels
 from mergekit_align.evolve import merging
 from mergekit_align.evolve.compiled import COMPILED
 from mergekit_align.evolve.kernels import KERNELS
@@ -110,9 +111,11 @@ def differing(model: Any, expected: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
 
 
-@pytest.fixture(params=["by stretches", "compiled"])
+@pytest.fixture(params=["small", "by stretches", "compiled"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "compiled":
+    if request.param == "by stretches":
+        monkeypatch.setattr(merge_kernels, "ENTRIES", 0)
+    elif request.param == "compiled":
         monkeypatch.setattr(merging, "COMPILED_FROM", 0)
 
 

@@ -228,9 +228,11 @@ def _trees(queries: Sequence[Query], members: Sequence[int], known: int) -> list
         if row is None or len(row.ids) - min(same, len(prompt)) > room:
             row, same = _Row(), 0
             trees.append(_Bundle([row], {}, []))
-        places = {}
-        for text, begun in zip(texts, [same, *(len(prompt) + each for each in shared)], strict=True):
-            places[text] = row.add([*prompt, *text], begun)[len(prompt) - 1 :]
+        begun = [same, *(len(prompt) + each for each in shared)]
+        places = {
+            text: row.add([*prompt, *text], each)[len(prompt) - 1 :]
+            for text, each in zip(texts, begun, strict=True)
+        }
         trees[-1].asked[index] = [(0, places[tuple(each[:-1])]) for each in continuations]
         trees[-1].tokens.extend(chain(*continuations))
     return trees

@@ -74,6 +74,15 @@ class TensorMerge(NamedTuple):
     """Those of each input."""
 
 
+class _Placed(NamedTuple):
+    """What one tensor of a candidate is merged into, and how."""
+
+    merge: TensorMerge
+    target: torch.Tensor
+    kernel: Kernel | None
+    """Ours; `None` where mergekit's own merges it."""
+
+
 class _Place(NamedTuple):
     """Where a tensor stands in the plan of configs that differ in their numbers alone."""
 
@@ -244,48 +253,25 @@ class MergedModel:
         self._load(merges)
         if self._options.random_seed is not None:
             _set_seed(self._options.random_seed)
-        self._prepare(merges, config.out_dtype)
-        written = set()
-        for merge in merges:
-            target = self._target(merge.weight.name)
-            written.add(merge.weight.name)
-            if target is None:
-                continue
-            self._merge_tensor(merge, target, config.out_dtype)
-        missing = self._targets.keys() - written
+        places = [
+            _Placed(merge, target, self._merging_kernel(merge, config.out_dtype))
+            for merge in merges
+            if (target := self._target(merge.weight.name)) is not None
+        ]
+        missing = self._targets.keys() - {merge.weight.name for merge in merges}
         if missing:
             raise InputError(
                 f"{self._out_config.architectures[0]}: found no tensor {min(missing)} in the merge; "
                 "expected a checkpoint with the model's own names"
             )
+        _prepare(places)
+        for place in places:
+            self._merge_tensor(place, config.out_dtype)
         return merges
 
-    def _prepare(self, merges: Sequence[TensorMerge], out_dtype: str | None) -> None:
-        """All of it before a first merge, when the model's own memory is not yet in use.
-
-        The largest first, while few inputs have been read.
-        """
-        prepared = 0
-        for merge in sorted(merges, key=self._size, reverse=True):
-            kernel = self._merging_kernel(merge, out_dtype) if self._size(merge) else None
-            if kernel is not None and kernel.prepare(merge.own):
-                prepared += self._size(merge)
-            if prepared > _GIVEN_BACK:
-                prepared = 0
-                give_memory_back()
-        if prepared:
-            give_memory_back()
-
-    def _size(self, merge: TensorMerge) -> int:
-        """Numbers that are to be merged."""
-        target = self.parameter(merge.weight.name)
-        return 0 if target is None else target.numel()
-
-    def _merge_tensor(
-        self, merge: TensorMerge, target: torch.Tensor, out_dtype: str | None
-    ) -> None:
+    def _merge_tensor(self, place: _Placed, out_dtype: str | None) -> None:
+        merge, target, kernel = place
         name = merge.weight.name
-        kernel = self._merging_kernel(merge, out_dtype)
         if kernel is not None:
             made_of = (merge.planned, merge.shared, merge.own)
             if self._written.pop(name, None) != made_of:
@@ -399,6 +385,24 @@ class MergedModel:
             f"{self._out_config.architectures[0]}: found no parameter {name} in the model; expected "
             "the checkpoints' names to be the model's own"
         )
+
+
+def _prepare(places: Sequence[_Placed]) -> None:
+    """All of it before a first merge, when the model's own memory is not yet in use.
+
+    The largest first, while few inputs have been read.
+    """
+    prepared = 0
+    for merge, target, kernel in sorted(
+        places, key=lambda place: place.target.numel(), reverse=True
+    ):
+        if kernel is not None and kernel.prepare(merge.own):
+            prepared += target.numel()
+        if prepared > _GIVEN_BACK:
+            prepared = 0
+            give_memory_back()
+    if prepared:
+        give_memory_back()
 
 
 def _set_seed(seed: int) -> None:

@@ -280,11 +280,11 @@ def racing(world: Path, limit: int | None, seeds: int) -> dict[str, Any]:
     _search(world, 1, 0, racing=False, count=1)  # imports count for neither
     for seed in range(seeds):
         runs = [_search(world, limit, seed, racing=on) for on in (False, True)]
-        for label, both in (
-            ("samples read", [float(each.samples) for each in runs]),
-            ("processor seconds", [each.seconds for each in runs]),
+        for label, digits, both in (
+            ("samples read", 0, [float(each.samples) for each in runs]),
+            ("processor seconds", 1, [each.seconds for each in runs]),
         ):
-            cells = [f"{each:.0f}" for each in both]
+            cells = [f"{each:.{digits}f}" for each in both]
             table.add_row(str(seed), label, *cells, f"{both[1] / both[0]:.2f}")
             found[f"{label}, {seed}"] = both
         best = [_by_sample(runs[0].evaluator, each.result) for each in runs]

@@ -376,7 +376,7 @@ def _racing(found: Record) -> Cells:
         if what == "fitness":
             error = found[f"standard error of the difference, {seed}"]
             change = f"{raced - exact:+.4f} ± {1.96 * error:.4f}"
-        digits = 4 if what == "fitness" else 0
+        digits = {"samples read": 0, "fitness": 4}.get(what, 1)
         rows.append([seed, what, f"{exact:.{digits}f}", f"{raced:.{digits}f}", change])
     return ["seed", "", "exact", "racing", "racing against exact"], rows
 

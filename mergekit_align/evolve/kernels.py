@@ -177,8 +177,8 @@ class TaskArithmeticKernel(Kernel):
         self, piece: slice, base: torch.Tensor, kept: Sequence[Selection | None]
     ) -> torch.Tensor:
         """[models, numbers], which are not to be changed."""
-        whole = all(selection is None for selection in kept)
         if self._is_small:
+            whole = all(selection is None for selection in kept)
             deltas = self._small if whole else self._small.clone()
         else:
             deltas = self._differences(piece, base)

@@ -252,7 +252,7 @@ class MergedModel:
         merges = self.resolve(config)
         self._load(merges)
         if self._options.random_seed is not None:
-            _set_seed(self._options.random_seed)
+            _set_seed(self._options.random_seed, self._device)
         places = [
             _Placed(merge, target, self._merging_kernel(merge, config.out_dtype))
             for merge in merges
@@ -405,13 +405,16 @@ def _prepare(places: Sequence[_Placed]) -> None:
         give_memory_back()
 
 
-def _set_seed(seed: int) -> None:
-    """As transformers' `set_seed` does, which keeps a trace of every call until CUDA is used."""
+def _set_seed(seed: int, device: str) -> None:
+    """As `mergekit-yaml` does, whose function keeps a trace of every call until a GPU is used."""
+    if device != "cpu":
+        from transformers.trainer_utils import set_seed
+
+        set_seed(seed)
+        return
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed)
 
 
 def _dtype(merge: TensorMerge, out_dtype: str | None) -> torch.dtype | None:

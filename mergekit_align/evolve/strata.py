@@ -22,7 +22,7 @@ CUTS = (0.05, 0.1, 0.2, 0.4)
 """Share of a task's samples that vary more than those of each next stratum."""
 LEAST = 2
 """Samples of every stratum in the first slice, at least."""
-_CALM = 0.02  # of the mean: no sample is taken to vary less
+_CALM = 0.2  # of the mean: no sample is taken to vary less
 _STILL = 1e-100  # where none varies at all
 
 Places = NDArray[Any]

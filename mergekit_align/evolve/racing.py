@@ -2,11 +2,11 @@
 
 A candidate races the best one so far that has seen all samples, its *rival*. After a slice, the
 difference of their fitness is known with a standard error; the candidate stops where it does not lead,
-with confidence, by what all of the samples can tell: by what nine in ten differences of chance on as
-many stay below (an indifference zone: Kim & Nelson 2001, doi 10.1145/502109.502111). Both are merges
-of the same models, so that their difference varies far less than their values do, and the slices begin
-with the samples that vary (see `strata`). What is stopped has an estimate: the rival's own metrics, and
-the estimated difference from them.
+with confidence, by what all of the samples can tell: by one standard error of the difference on as
+many (an indifference zone: Kim & Nelson 2001, doi 10.1145/502109.502111). Both are merges of the same
+models, so that their difference varies far less than their values do, and the slices begin with the
+samples that vary (see `strata`). What is stopped has an estimate: the rival's own metrics, and the
+estimated difference from them.
 
 Races of an evolution strategy's candidates: Heidrich-Meisner & Igel 2009 (ICML, Hoeffding and Bernstein
 races for selecting policies), whose bounds hold for any distribution and tell nothing apart before
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from mergekit_align.evolve.fitness import Results
     from mergekit_align.evolve.study import Evaluation
 
-LEAD = NormalDist().inv_cdf(0.9)
-"""Standard errors of the difference on all samples: a smaller lead is seldom one on others."""
 MISTAKES = 0.05
 """Share of the candidates that lead by more than that and are stopped, at most."""
 _PRIOR = 2  # samples that what is known of a stratum's spread counts as
@@ -145,7 +143,7 @@ class Race:
             return True
         difference = self._difference(self._weights, values, stage)
         highest = difference.mean + self._width * difference.error
-        return missed == 0 and highest < LEAD * difference.error_of_all
+        return missed == 0 and highest < difference.error_of_all
 
     def estimate(self, values: SampleValues, stage: int) -> Results:
         """The metrics of a candidate that has seen the slices up to `stage`."""

@@ -132,14 +132,17 @@ def main() -> None:
     console = Console()
     seconds: dict[str, float] = {}
 
-    def timed(stage: str, started: float) -> None:
-        seconds[stage] = round(time.monotonic() - started, 1)
+    def took(stage: str, taken: float) -> None:
+        seconds[stage] = round(taken, 1)
         console.print(f"{stage}: {seconds[stage]} s")
+
+    def timed(stage: str, started: float) -> None:
+        took(stage, time.monotonic() - started)
 
     build_world(world, seed=arguments.seed, third=not arguments.without_third)
     trained = json.loads((world / "world.json").read_text(encoding="utf-8"))["models"]
-    taken = sum(each["seconds"] for name, each in trained.items() if name != "writer")
-    seconds["train the world"] = round(taken, 1)  # now, or before
+    # Now, or by a run before.
+    took("train the world", sum(trained[each]["seconds"] for each in trained.keys() - {"writer"}))
     models = {each: world / each for each in ("base", "aligned", "expert-a")}
     started = time.monotonic()
     models["linear 50/50"] = equal_merge(world, "linear")

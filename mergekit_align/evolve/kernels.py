@@ -177,11 +177,11 @@ class TaskArithmeticKernel(Kernel):
         self, piece: slice, base: torch.Tensor, kept: Sequence[Selection | None]
     ) -> torch.Tensor:
         """[models, numbers], which are not to be changed."""
-        if self._is_small:
-            whole = all(selection is None for selection in kept)
-            deltas = self._small if whole else self._small.clone()
-        else:
+        deltas = self._small
+        if deltas is None:
             deltas = self._differences(piece, base)
+        elif any(selection is not None for selection in kept):
+            deltas = deltas.clone()
         for row, selection in zip(deltas, kept, strict=True):
             if selection is not None:
                 row.copy_(keep(row, selection.mask(row, piece)))
@@ -194,14 +194,11 @@ class TaskArithmeticKernel(Kernel):
             torch.sub(tensor[piece], base, out=row)
         return deltas
 
-    @property
-    def _is_small(self) -> bool:
-        """Whether the differences may be kept: a large model has few such tensors."""
-        return self._base.device.type == "cpu" and self._base.numel() <= ENTRIES
-
     @cached_property
-    def _small(self) -> torch.Tensor:
-        return self._differences(slice(None), self._base)
+    def _small(self) -> torch.Tensor | None:
+        """The differences, of a tensor so small that they may be kept: large models have few such."""
+        small = self._base.device.type == "cpu" and self._base.numel() <= ENTRIES
+        return self._differences(slice(None), self._base) if small else None
 
     def _agreement(self, deltas: torch.Tensor) -> torch.Tensor | None:
         """Which numbers of the weighted task vectors count, as `keep` takes them; `None` for all."""

@@ -74,7 +74,7 @@ class TensorMerge(NamedTuple):
     """Those of each input."""
 
 
-class _Placed(NamedTuple):
+class _Job(NamedTuple):
     """What one tensor of a candidate is merged into, and how."""
 
     merge: TensorMerge
@@ -253,8 +253,8 @@ class MergedModel:
         self._load(merges)
         if self._options.random_seed is not None:
             _set_seed(self._options.random_seed, self._device)
-        places = [
-            _Placed(merge, target, self._merging_kernel(merge, config.out_dtype))
+        jobs = [
+            _Job(merge, target, self._merging_kernel(merge, config.out_dtype))
             for merge in merges
             if (target := self._target(merge.weight.name)) is not None
         ]
@@ -264,13 +264,13 @@ class MergedModel:
                 f"{self._out_config.architectures[0]}: found no tensor {min(missing)} in the merge; "
                 "expected a checkpoint with the model's own names"
             )
-        _prepare(places)
-        for place in places:
-            self._merge_tensor(place, config.out_dtype)
+        _prepare(jobs)
+        for job in jobs:
+            self._merge_tensor(job, config.out_dtype)
         return merges
 
-    def _merge_tensor(self, place: _Placed, out_dtype: str | None) -> None:
-        merge, target, kernel = place
+    def _merge_tensor(self, job: _Job, out_dtype: str | None) -> None:
+        merge, target, kernel = job
         name = merge.weight.name
         if kernel is not None:
             made_of = (merge.planned, merge.shared, merge.own)
@@ -387,15 +387,13 @@ class MergedModel:
         )
 
 
-def _prepare(places: Sequence[_Placed]) -> None:
+def _prepare(jobs: Sequence[_Job]) -> None:
     """All of it before a first merge, when the model's own memory is not yet in use.
 
     The largest first, while few inputs have been read.
     """
     prepared = 0
-    for merge, target, kernel in sorted(
-        places, key=lambda place: place.target.numel(), reverse=True
-    ):
+    for merge, target, kernel in sorted(jobs, key=lambda job: job.target.numel(), reverse=True):
         if kernel is not None and kernel.prepare(merge.own):
             prepared += target.numel()
         if prepared > _GIVEN_BACK:
@@ -406,7 +404,7 @@ def _prepare(places: Sequence[_Placed]) -> None:
 
 
 def _set_seed(seed: int, device: str) -> None:
-    """As `mergekit-yaml` does, whose function keeps a trace of every call until a GPU is used."""
+    """As `mergekit-yaml` does, but on a CPU without the trace that PyTorch formats for a GPU."""
     if device != "cpu":
         from transformers.trainer_utils import set_seed
 

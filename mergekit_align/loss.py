@@ -78,42 +78,61 @@ def response_scores(
         openings: for each sample, the openings that its decision margin compares.
         max_batch_size: trees in a batch at most; by default tokens and logits alone bound it.
     """
-    reader = ResponseReader(model, encoded, openings=openings, max_batch_size=max_batch_size)
-    return reader.scores()
+    asked = questions(encoded, openings)
+    return ResponseReader(model, asked, max_batch_size=max_batch_size).scores()
+
+
+class Question(NamedTuple):
+    """What is asked of a model about one sample."""
+
+    query: Query
+    tokens: int
+    """Of the response."""
+    openings: Openings | None
+    """That the decision margin compares."""
+    reads_response: bool
+    """Without, its log-probability is NaN; the prompt is enough for a decision."""
+
+
+def questions(
+    encoded: Sequence[EncodedSample],
+    openings: Sequence[Openings | None] | None = None,
+    *,
+    responses: bool = True,
+) -> list[Question]:
+    """One about each sample.
+
+    Args:
+        openings: of each sample; none where no decision is asked for.
+        responses: whether responses are read where there are openings.
+    """
+    found = []
+    for (prompt, response), kinds in zip(encoded, openings or [None] * len(encoded), strict=True):
+        reads = responses or kinds is None
+        continuations = [*([response] if reads else []), *(kinds.every if kinds else [])]
+        found.append(Question(Query(prompt, continuations), len(response), kinds, reads))
+    return found
 
 
 class ResponseReader:
-    """Scores encoded samples, a batch at a time; arguments as of `response_scores`.
+    """Answers questions, a batch at a time.
 
     Args:
-        responses: of each sample with openings, whether its response is read; without, its
-            log-probability is NaN and only the decision is told, which the prompt is enough for.
+        max_batch_size: trees in a batch at most; by default tokens and logits alone bound it.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        encoded: Sequence[EncodedSample],
+        asked: Sequence[Question],
         *,
-        openings: Sequence[Openings | None] | None = None,
         max_batch_size: int | None = None,
-        responses: Sequence[bool] | None = None,
     ) -> None:
         self._model = model
-        self._encoded = encoded
-        self._openings = openings or [None] * len(encoded)
-        wanted = responses or [True] * len(encoded)
-        self._responses = [
-            own or not kinds for own, kinds in zip(wanted, self._openings, strict=True)
-        ]
+        self._asked = asked
         self._preamble: Preamble | None = None
-        queries = [
-            Query(prompt, [*([response] if read else []), *(kinds.every if kinds else [])])
-            for (prompt, response), read, kinds in zip(
-                encoded, self._responses, self._openings, strict=True
-            )
-        ]
         budget = Budget(BATCH_TOKENS, BATCH_LOGITS // vocabulary_size(model), max_batch_size)
+        queries = [each.query for each in asked]
         self.batches: list[TreeBatch] = list(plan_batches(model, queries, budget))
         """All samples, each once."""
 
@@ -123,7 +142,7 @@ class ResponseReader:
         scores: dict[int, ResponseScore] = {}
         for batch in self.batches:
             scores |= self.read(batch)
-        return [scores[index] for index in range(len(self._encoded))]
+        return [scores[index] for index in range(len(self._asked))]
 
     @torch.inference_mode()
     def read(self, batch: TreeBatch) -> dict[int, ResponseScore]:
@@ -137,15 +156,15 @@ class ResponseReader:
         decided: dict[Openings, list[tuple[int, int]]] = {}
         start = 0
         for index in batch.queries:
+            _, tokens, kinds, reads_response = self._asked[index]
             logprob = math.nan
-            if self._responses[index]:
+            if reads_response:
                 logprob = values[start]
                 start += 1
-            kinds = self._openings[index]
             if kinds is not None:
                 decided.setdefault(kinds, []).append((index, start))
                 start += len(kinds.every)
-            scores[index] = ResponseScore(logprob, len(self._encoded[index].response_ids), None)
+            scores[index] = ResponseScore(logprob, tokens, None)
         for kinds, places in decided.items():
             firsts = torch.tensor([first for _, first in places]).unsqueeze(1)
             own = logprobs[firsts + torch.arange(len(kinds.every))]

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from mergekit_align.reading import MIN_SHARED, may_share
-from mergekit_align.token_ids import common_length, longest
+from mergekit_align.token_ids import TokenIds, common_length, longest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,12 +40,18 @@ MOST_KNOWN = 4
 """Tokens of what a batch's rows share, a copy for each, by those that are read."""
 
 
-class Query(NamedTuple):
+@dataclass(frozen=True)
+class Query:
     """A prompt, and the continuations whose probability is asked for."""
 
     prompt: Sequence[int]
     continuations: Sequence[Sequence[int]]
     """Of one token or more each."""
+
+    @cached_property
+    def tree(self) -> _Tree:
+        """Its own: whatever it is read with, this is worked out once."""
+        return _Tree.of(self.prompt, self.continuations)
 
 
 class Budget(NamedTuple):
@@ -132,125 +141,174 @@ def plan_batches(
     """All queries, each in one batch."""
     if not queries:
         return
-    longest_text = max(
-        len(prompt) + max(len(each) for each in continuations) for prompt, continuations in queries
-    )
+    longest_text = max(len(query.prompt) + max(map(len, query.continuations)) for query in queries)
     if not reads_trees(model, longest_text):
         plain = [_plain(index, query) for index, query in enumerate(queries)]
-        yield from _batches(plain, [], budget, model.device, trees=False)
+        yield from _batches(queries, plain, [], budget, model.device, trees=False)
         return
-    for shared, members in _beginnings([query.prompt for query in queries]):
+    for shared, members in _beginnings(queries):
         known, trees = shared, _trees(queries, members, len(shared))
         if len(trees) == 1:  # it shares that anyhow
             known, trees = [], _trees(queries, members, 0)
-        yield from _batches(trees, known, budget, model.device, trees=True)
+        yield from _batches(queries, trees, known, budget, model.device, trees=True)
 
 
-def _beginnings(prompts: Sequence[Sequence[int]]) -> list[tuple[list[int], list[int]]]:
-    """Groups of prompts, each as what all of its prompts begin with, and their places.
+def _beginnings(queries: Sequence[Query]) -> list[tuple[list[int], list[int]]]:
+    """Groups of queries: what all of its prompts begin with, and their places, in the prompts' order.
 
     Prompts that share `MIN_SHARED` token ids or more are a group; the rest are one that shares nothing.
     Every prompt goes on after what it shares.
     """
+    prompts = [list(query.prompt) for query in queries]
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt[:MIN_SHARED]), []).append(index)
+    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+        groups.setdefault(tuple(prompts[index][:MIN_SHARED]), []).append(index)
     shared: list[tuple[list[int], list[int]]] = []
     alone: list[int] = []
     for members in groups.values():
-        own = [prompts[index] for index in members]
-        same = min(common_length(own), *(len(prompt) - 1 for prompt in own))
+        first, last = prompts[members[0]], prompts[members[-1]]
+        shortest = min(len(prompts[index]) for index in members)
+        same = min(common_length([first, last]), shortest - 1)
         if len(members) > 1 and same >= MIN_SHARED:
-            shared.append((list(own[0][:same]), members))
+            shared.append((first[:same], members))
         else:
             alone += members
     return [*shared, ([], alone)] if alone else shared
 
 
-class _Row:
-    """Texts in one row; one after another, they share what they begin with."""
+class _Tree(NamedTuple):
+    """A prompt and its continuations, but for their last tokens."""
 
-    def __init__(self) -> None:
+    ids: list[int]
+    """Those of the first text are the first."""
+    depths: list[int]
+    """Of each token in its text."""
+    ends: list[int]
+    """The last place that sees it: all that follow and are deeper do."""
+    first: int
+    """Tokens of the first text."""
+    last: list[int]
+    """Places of the last text's tokens."""
+    asked: list[int]
+    """Places where the continuations' tokens are predicted, of one continuation after another."""
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Tree:
+        texts = sorted({tuple(each[:-1]) for each in continuations})
+        ids, path, depths = [*prompt], list(range(len(prompt))), list(range(len(prompt)))
+        paths = {}
+        for before, text in zip([(), *texts], texts, strict=False):
+            known = common_length([before, text])
+            path = path[: len(prompt) + known]
+            path += range(len(ids), len(ids) + len(text) - known)
+            depths += range(len(prompt) + known, len(prompt) + len(text))
+            ids += text[known:]
+            paths[text] = path
+        asked = [paths[tuple(each[:-1])][len(prompt) - 1 :] for each in continuations]
+        first = len(prompt) + len(texts[0])
+        return cls(ids, depths, _ends(depths), first, path, [*chain(*asked)])
+
+
+def _ends(depths: Sequence[int]) -> list[int]:
+    ends = [len(depths) - 1] * len(depths)
+    path: list[int] = []
+    for place, depth in enumerate(depths):
+        for ended in path[depth:]:
+            ends[ended] = place - 1
+        path[depth:] = [place]
+    return ends
+
+
+class _Row:
+    """Trees in one row; one after another, they share what they begin with.
+
+    Args:
+        known: tokens that all of them begin with, and which are left out.
+    """
+
+    def __init__(self, known: int) -> None:
         self.ids: list[int] = []
         self.depths: list[int] = []
-        self.last: list[int] = []
-        """The text that was added last."""
-        self._path: list[int] = []
+        self.ends: list[int] = []
+        self._known = known
+        self._text: list[int] = []
+        """The last one, whole."""
+        self._path = [-1] * known
+        """Places of its tokens."""
 
-    def add(self, text: list[int], known: int) -> list[int]:
-        """The places of a text's tokens, of which as many as `known` are the last text's too."""
-        self._path[known:] = range(len(self.ids), len(self.ids) + len(text) - known)
-        self.last = text
-        self.ids += text[known:]
-        self.depths += range(known, len(text))
-        return list(self._path)
+    def shares(self, tree: _Tree) -> int:
+        """How many tokens a tree's first text begins with that are the last text's too."""
+        same = common_length([self._text, tree.ids])
+        return max(self._known, min(same, tree.first))
 
-    def ends(self) -> list[int]:
-        """By place, the last one that sees it: all that follow and are deeper do."""
-        ends = [len(self.ids) - 1] * len(self.ids)
-        path: list[int] = []
-        for place, depth in enumerate(self.depths):
-            for ended in path[depth:]:
-                ends[ended] = place - 1
-            path[depth:] = [place]
-        return ends
+    def add(self, tree: _Tree, same: int) -> list[int]:
+        """The places where a tree's tokens are predicted, the first `same` of them the row's own."""
+        path = self._path
+        # What is new of the tree goes to the row's end.
+        further = len(self.ids) - same
+        for place, end in zip(path[self._known : same], tree.ends[self._known : same], strict=True):
+            if end >= same:
+                self.ends[place] = end + further
+        self.ids += tree.ids[same:]
+        self.depths += tree.depths[same:]
+        self.ends += [each + further for each in tree.ends[same:]]
+        self._text = [tree.ids[each] for each in tree.last]
+        self._path = [path[each] if each < same else each + further for each in tree.last]
+        return [path[each] if each < same else each + further for each in tree.asked]
 
 
 class _Bundle(NamedTuple):
-    """Rows that are read together: one tree, or the texts of one query."""
+    """Rows that are read together: one of several trees, or the texts of one query."""
 
     rows: list[_Row]
-    asked: dict[int, list[tuple[int, list[int]]]]
-    """By query, for each continuation, the row and the places where its tokens are predicted."""
-    tokens: list[int]
-    """What is predicted there, all in one."""
+    queries: list[int]
+    asked: list[int]
+    """Places, in the rows joined end to end, where the continuations' tokens are predicted."""
 
     @property
     def width(self) -> int:
         return max(len(row.ids) for row in self.rows)
 
     @property
+    def read(self) -> int:
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
     def predictions(self) -> int:
-        return len({(r, n) for each in self.asked.values() for r, own in each for n in own})
+        return len(set(self.asked))
 
 
 def _trees(queries: Sequence[Query], members: Sequence[int], known: int) -> list[_Bundle]:
-    """Trees of queries, without the first `known` tokens."""
-    trees: list[_Bundle] = []
-    row: _Row | None = None
-    for index in sorted(members, key=lambda each: list(queries[each].prompt)):
-        prompt, continuations = list(queries[index].prompt[known:]), queries[index].continuations
-        texts = sorted({tuple(each[:-1]) for each in continuations})
-        shared = [common_length(pair) for pair in pairwise(texts)]
-        size = len(prompt) + sum(map(len, texts)) - sum(shared)
+    """Rows of the trees of some queries, in their prompts' order, without the first `known` tokens."""
+    bundles: list[_Bundle] = []
+    row = _Row(known)
+    for index in members:
+        query = queries[index]
+        size = len(query.tree.ids) - known
         room = max(TREE_TOKENS, size * 3 // 2) - size
-        same = common_length([row.last, [*prompt, *texts[0]]]) if row else 0
-        if row is None or len(row.ids) - min(same, len(prompt)) > room:
-            row, same = _Row(), 0
-            trees.append(_Bundle([row], {}, []))
-        begun = [same, *(len(prompt) + each for each in shared)]
-        places = {
-            text: row.add([*prompt, *text], each)[len(prompt) - 1 :]
-            for text, each in zip(texts, begun, strict=True)
-        }
-        trees[-1].asked[index] = [(0, places[tuple(each[:-1])]) for each in continuations]
-        trees[-1].tokens.extend(chain(*continuations))
-    return trees
+        same = row.shares(query.tree)
+        if not bundles or len(row.ids) - (min(same, len(query.prompt)) - known) > room:
+            row, same = _Row(known), known
+            bundles.append(_Bundle([row], [], []))
+        bundles[-1].queries.append(index)
+        bundles[-1].asked.extend(row.add(query.tree, same))
+    return bundles
 
 
 def _plain(index: int, query: Query) -> _Bundle:
     """A query's texts, each in a row of its own."""
-    prompt = list(query.prompt)
-    texts = longest({tuple(each[:-1]) for each in query.continuations})
-    rows = [_Row() for _ in texts]
-    for row, text in zip(rows, texts, strict=True):
-        row.add([*prompt, *text], 0)
-    asked = []
+    asking = {tuple(each[:-1]): each for each in query.continuations}
+    bundle = _Bundle([], [index], [])
+    places: dict[TokenIds, Sequence[int]] = {}
+    for text in longest(asking):
+        start = bundle.read
+        bundle.rows.append(_Row(0))
+        bundle.rows[-1].add(_Tree.of(query.prompt, [asking[text]]), 0)
+        for n in range(len(text) + 1):
+            places[text[:n]] = range(start + len(query.prompt) - 1, start + len(query.prompt) + n)
     for each in query.continuations:
-        inner = tuple(each[:-1])
-        row_of = next(n for n, text in enumerate(texts) if text[: len(inner)] == inner)
-        asked.append((row_of, list(range(len(prompt) - 1, len(prompt) + len(inner)))))
-    return _Bundle(rows, {index: asked}, [*chain(*query.continuations)])
+        bundle.asked.extend(places[tuple(each[:-1])])
+    return bundle
 
 
 class _Size(NamedTuple):
@@ -265,7 +323,7 @@ class _Size(NamedTuple):
         return _Size(
             self.width or bundle.width,
             self.rows + len(bundle.rows),
-            self.read + sum(len(row.ids) for row in bundle.rows),
+            self.read + bundle.read,
             self.predictions + bundle.predictions,
         )
 
@@ -281,6 +339,7 @@ class _Size(NamedTuple):
 
 
 def _batches(
+    queries: Sequence[Query],
     bundles: Sequence[_Bundle],
     shared: list[int],
     budget: Budget,
@@ -294,42 +353,53 @@ def _batches(
     for bundle in sorted(bundles, key=lambda each: each.width, reverse=True):
         grown = size.grown(bundle)
         if batch and not grown.fits(budget, len(shared), device):
-            yield _tensors(batch, shared, device, trees=trees)
+            yield _tensors(queries, batch, shared, device, trees=trees)
             batch, grown = [], _Size().grown(bundle)
         batch.append(bundle)
         size = grown
-    yield _tensors(batch, shared, device, trees=trees)
+    yield _tensors(queries, batch, shared, device, trees=trees)
 
 
 def _tensors(
-    bundles: Sequence[_Bundle], shared: list[int], device: torch.device, *, trees: bool
+    queries: Sequence[Query],
+    bundles: Sequence[_Bundle],
+    shared: list[int],
+    device: torch.device,
+    *,
+    trees: bool,
 ) -> TreeBatch:
     rows = [row for bundle in bundles for row in bundle.rows]
-    width = max(len(row.ids) for row in rows)
-    table = np.zeros((4, len(rows), width), dtype=np.int64)
-    table[3] = np.arange(width)
-    for n, row in enumerate(rows):
-        table[:, n, : len(row.ids)] = row.ids, row.depths, [1] * len(row.ids), row.ends()
-    ids, positions, read, ends = torch.from_numpy(table)
-    places: list[int] = []
-    owners: list[int] = []
-    continuations = first = 0
-    for bundle in bundles:
-        for row_of, own in chain(*bundle.asked.values()):
-            places += [(first + row_of) * width + place for place in own]
-            owners += [continuations] * len(own)
-            continuations += 1
-        first += len(bundle.rows)
-    predicted, asked = torch.unique(torch.tensor(places), return_inverse=True)
+    lengths = np.array([len(row.ids) for row in rows])
+    columns = np.arange(lengths.max())
+    read = columns < lengths[:, np.newaxis]
+    ids, positions, ends = np.zeros((3, *read.shape), dtype=np.int64)
+    positions += len(shared)
+    ends += columns
+    ids[read] = [*chain.from_iterable(row.ids for row in rows)]
+    positions[read] = [*chain.from_iterable(row.depths for row in rows)]
+    ends[read] = [*chain.from_iterable(row.ends for row in rows)]
+
+    starts = np.cumsum([0, *(bundle.read for bundle in bundles)])[:-1]
+    asked = np.array([*chain.from_iterable(bundle.asked for bundle in bundles)])
+    asked += np.repeat(starts, [len(bundle.asked) for bundle in bundles])
+    places, asked = np.unique(np.flatnonzero(read)[asked], return_inverse=True)
+    members = [index for bundle in bundles for index in bundle.queries]
+    continuations = [each for index in members for each in queries[index].continuations]
+    owners = np.repeat(np.arange(len(continuations)), [len(each) for each in continuations])
+    tokens = np.array([*chain.from_iterable(continuations)])
+
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
     return TreeBatch(
-        [index for bundle in bundles for index in bundle.asked],
+        members,
         shared,
-        ids.to(device),
-        (positions + len(shared)).to(device),
-        read.to(device),
-        ends.to(device) if trees else None,
-        predicted.to(device),
-        asked.to(device),
-        torch.tensor([token for bundle in bundles for token in bundle.tokens]).to(device),
-        torch.tensor(owners).to(device),
+        tensor(ids),
+        tensor(positions),
+        tensor(read.astype(np.int64)),
+        tensor(ends) if trees else None,
+        tensor(places),
+        tensor(asked),
+        tensor(tokens),
+        tensor(owners),
     )

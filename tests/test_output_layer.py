@@ -172,6 +172,6 @@ def test_batches_of_losses_keep_to_the_bound(monkeypatch: pytest.MonkeyPatch) ->
     model = model_of("llama")
     monkeypatch.setattr(trees, "TREE_TOKENS", 1)
     monkeypatch.setattr(loss, "BATCH_LOGITS", 40 * reading.vocabulary_size(model))
-    batches = loss.ResponseReader(model, samples()).batches
+    batches = loss.ResponseReader(model, loss.questions(samples())).batches
     # A tree alone may have more, which are predicted in pieces.
     assert sorted(len(batch.places) for batch in batches) == [12 + 20, 1 + 71]

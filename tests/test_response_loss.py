@@ -15,7 +15,7 @@ from mergekit_align.encoding import ResponseEncoder
 from mergekit_align.errors import InputError
 from mergekit_align.eval_task_files import eval_tasks_path
 from mergekit_align.gradient import accumulate_gradient
-from mergekit_align.loss import ResponseReader, response_scores, sample_scores
+from mergekit_align.loss import ResponseReader, questions, response_scores, sample_scores
 from mergekit_align.samples import load_samples
 from mergekit_align.tasks import response as response_module
 
@@ -88,7 +88,7 @@ def test_what_prompts_share_is_read_once_and_changes_no_loss(model, tokenizer, w
     encoded = [
         encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples
     ]
-    read = sum(int(batch.read.sum()) for batch in ResponseReader(model, encoded).batches)
+    read = sum(int(batch.read.sum()) for batch in ResponseReader(model, questions(encoded)).batches)
     assert read < sum(len(e.prompt_ids) + len(e.response_ids) for e in encoded) / 2
     reference = [_reference_loss(model, tokenizer, sample) for sample in samples]
     found = [score.loss for score in response_scores(model, encoded)]

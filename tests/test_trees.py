@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mergekit_align import output_layer, trees
 from mergekit_align.demo.models import ARCHITECTURES
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.loss import ResponseReader, response_scores
+from mergekit_align.loss import ResponseReader, questions, response_scores
 from mergekit_align.trees import Budget, Query, TreeBatch, plan_batches
 
 ids = st.lists(st.integers(5, 7), min_size=1, max_size=9)
@@ -137,9 +137,9 @@ def test_a_tree_gives_what_the_texts_give(
     rng = random.Random(0)
     prompts = [rng.choices(range(5, 9), k=rng.randrange(1, 12)) for _ in range(30)]
     samples = [EncodedSample([5, 6, *each], rng.choices(range(5, 9), k=6)) for each in prompts]
-    read = [ResponseReader(model, samples, openings=[OPENINGS] * 30)]
+    read = [ResponseReader(model, questions(samples, [OPENINGS] * 30))]
     monkeypatch.setattr(trees, "reads_trees", lambda *_: False)
-    read.append(ResponseReader(model, samples, openings=[OPENINGS] * 30))
+    read.append(ResponseReader(model, questions(samples, [OPENINGS] * 30)))
     tokens = [sum(int(batch.read.sum()) for batch in each.batches) for each in read]
     assert tokens[0] < 0.6 * tokens[1]
     for one, other in zip(read[0].scores(), read[1].scores(), strict=True):

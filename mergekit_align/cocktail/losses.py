@@ -34,7 +34,7 @@ from mergekit_align.devices import (
 )
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.fingerprint import digest, lora_cache, reference_fingerprint
-from mergekit_align.loss import ResponseReader
+from mergekit_align.loss import ResponseReader, questions
 from mergekit_align.samples import Sample
 from mergekit_align.user_cache import user_cache
 
@@ -222,7 +222,8 @@ class _Table:
         """Find what is missing; the first process writes it down, a round of batches at a time."""
         state = PartialState()
         keys = list(self.missing)
-        reader = ResponseReader(model, list(self.missing.values()), max_batch_size=max_batch_size)
+        asked = questions(list(self.missing.values()))
+        reader = ResponseReader(model, asked, max_batch_size=max_batch_size)
         for start in range(0, len(reader.batches), state.num_processes):
             mine = start + state.process_index
             scores = [

@@ -17,6 +17,7 @@ thousands of samples. Here the bound is the normal one of a stratified sample of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from mergekit_align.evolve.fitness import Results
     from mergekit_align.evolve.study import Evaluation
 
-MISTAKES = 0.05
+MISTAKES = 0.1
 """Share of the candidates that lead by more than that and are stopped, at most."""
 _PRIOR = 2  # samples that what is known of a stratum's spread counts as
 _LATEST = 4  # candidates that tell the spread: a search's differ ever less
@@ -108,18 +109,15 @@ class Race:
         self._strata = stratify(
             {name: self._spread_of(_of_task(name, judged.items())) for name in names}, tokens
         )
+        self._strata_of = {
+            name: _Strata.of([each for each in self._strata if each.task == name]) for name in names
+        }
+        self._known = cache(self._known_variance)
         seen = np.array([each.seen for each in self._strata])
         stages = [n for n in range(len(SHARES)) if n == 0 or (seen[:, n] > seen[:, n - 1]).any()]
         self._stages = stages
         self.slices = [
             self._slice(stages[n - 1] if n else None, stage) for n, stage in enumerate(stages)
-        ]
-        self._parts = [
-            {
-                name: _Part.of([each for each in self._strata if each.task == name], stage)
-                for name in names
-            }
-            for stage in stages
         ]
         self._width = NormalDist().inv_cdf(1 - MISTAKES / max(1, len(stages) - 1))
 
@@ -176,47 +174,57 @@ class Race:
         what varies seldom, such as a decision.
         """
         mean = variance = variance_of_all = 0.0
-        for task, part in self._parts[stage].items():
+        for task, strata in self._strata_of.items():
             own = _of_task(task, weights.items())
             if not own:
                 continue
+            places, seen = strata.drawn[self._stages[stage]]
             differences: Array = np.sum(
-                [w * (values[m][part.drawn] - self._rival[m][part.drawn]) for m, w in own.items()],
+                [w * (values[m][places] - self._rival[m][places]) for m, w in own.items()],
                 axis=0,
             )
-            means = _sums(differences, part.seen) / part.seen
-            known = _sums(self._spread_of(own)[part.places] ** 2, part.sizes) / part.sizes
-            around = _sums((differences - np.repeat(means, part.seen)) ** 2, part.seen)
-            spread = part.shares**2 * (around + _PRIOR * known) / (part.seen - 1 + _PRIOR)
-            mean += float(part.shares @ means)
-            variance += float((spread / part.seen * (1 - part.seen / part.sizes)).sum())
-            variance_of_all += float((spread / part.sizes).sum())
+            means = _sums(differences, seen) / seen
+            known = self._known(task, tuple(own.items()))
+            around = _sums((differences - np.repeat(means, seen)) ** 2, seen)
+            spread = strata.shares**2 * (around + _PRIOR * known) / (seen - 1 + _PRIOR)
+            mean += float(strata.shares @ means)
+            variance += float((spread / seen * (1 - seen / strata.sizes)).sum())
+            variance_of_all += float((spread / strata.sizes).sum())
         return _Difference(mean, variance**0.5, variance_of_all**0.5)
 
+    def _known_variance(self, task: str, weights: tuple[tuple[Metric, float], ...]) -> Array:
+        """Of a sum of metrics, what is known before a candidate is read, [strata]."""
+        places, sizes = self._strata_of[task].places, self._strata_of[task].sizes
+        known: Array = _sums(self._spread_of(dict(weights))[places] ** 2, sizes) / sizes
+        return known
 
-class _Part(NamedTuple):
-    """A task's strata at a stage, one after another."""
+
+class _Strata(NamedTuple):
+    """A task's, one after another."""
 
     places: Places
     """Every sample's."""
     sizes: Places
-    """Samples of each stratum."""
-    drawn: Places
-    """Places of those seen."""
-    seen: Places
-    """Number of these of each stratum."""
+    """Samples of each."""
     shares: Array
-    """Of the task's samples that each stratum has."""
+    """Of the task's samples that each has."""
+    drawn: Sequence[tuple[Places, Places]]
+    """After each slice, the places of the samples seen, and the number of these of each."""
 
     @classmethod
-    def of(cls, strata: Sequence[Stratum], stage: int) -> _Part:
+    def of(cls, strata: Sequence[Stratum]) -> _Strata:
         """Of the strata of one task."""
         return cls(
             np.concatenate([each.places for each in strata]),
             np.array([len(each.places) for each in strata]),
-            np.concatenate([each.places[: each.seen[stage]] for each in strata]),
-            np.array([each.seen[stage] for each in strata]),
             np.array([each.share for each in strata]),
+            [
+                (
+                    np.concatenate([each.places[: each.seen[n]] for each in strata]),
+                    np.array([each.seen[n] for each in strata]),
+                )
+                for n in range(len(SHARES))
+            ],
         )
 
 

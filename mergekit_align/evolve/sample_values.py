@@ -9,8 +9,7 @@ import numpy as np
 
 from mergekit_align.encoding import EncodedSample
 from mergekit_align.evolve.genes import Array
-from mergekit_align.loss import ResponseReader
-from mergekit_align.openings import Openings
+from mergekit_align.loss import Question, ResponseReader, questions
 from mergekit_align.tasks.response import ResponseTask, encode_requests
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ class SampleReader:
         self._wanted = wanted
         self._batch_size = batch_size
         self._encoded = {name: encode_requests(lm, task.instances) for name, task in tasks.items()}
+        self._questions = {name: self._asked(name) for name in tasks}
         self.whole = self.slice({name: range(len(task.instances)) for name, task in tasks.items()})
         """Every sample, in its order."""
 
@@ -85,22 +85,8 @@ class SampleReader:
 
     def slice(self, places: Slice) -> SliceReader:
         """A reader of some samples."""
-        encoded: list[EncodedSample] = []
-        openings: list[Openings | None] = []
-        responses: list[bool] = []
-        for name, own in places.items():
-            samples, kinds = self._encoded[name]
-            needs_responses, needs_decisions = self._needs(name)
-            encoded += [samples[place] for place in own]
-            openings += [kinds[place] if needs_decisions else None for place in own]
-            responses += [needs_responses] * len(own)
-        reader = ResponseReader(
-            self._model,
-            encoded,
-            openings=openings,
-            max_batch_size=self._batch_size,
-            responses=responses,
-        )
+        asked = [self._questions[name][place] for name, own in places.items() for place in own]
+        reader = ResponseReader(self._model, asked, max_batch_size=self._batch_size)
         return SliceReader(self._tasks, self._wanted, places, reader)
 
     def means(self, values: SampleValues) -> dict[str, dict[str, float]]:
@@ -110,6 +96,11 @@ class SampleReader:
             aggregate = self._tasks[name].aggregation()[metric.removesuffix(",none")]
             means[name][metric] = float(aggregate(each.tolist()))
         return means
+
+    def _asked(self, name: str) -> list[Question]:
+        encoded, openings = self._encoded[name]
+        responses, decisions = self._needs(name)
+        return questions(encoded, openings if decisions else None, responses=responses)
 
     def _needs(self, name: str) -> tuple[bool, bool]:
         """Whether a task's metrics are made of responses, and of decisions."""

@@ -48,7 +48,7 @@ from transformers.models.llama.modeling_llama import (
 
 from mergekit_align import scale
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.gradient import mean_loss
 from mergekit_align.guard.scorer import HuggingFaceScorer
 from mergekit_align.guard.verdict import VerdictTree
 from mergekit_align.loss import response_scores
@@ -195,7 +195,7 @@ def measure(step: str, size: str, work: Work, device: str, dtype: str) -> dict[s
         if step == "loss":
             response_scores(model, encoded)
         elif step == "gradient":
-            accumulate_gradient(model, encoded)
+            mean_loss(model, encoded).accumulate()
         elif step == "merge":
             merge(model, others)
         elif step == "guard":

@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.gradient import mean_loss
 from mergekit_align.loss import response_scores
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -108,7 +108,7 @@ def measure(
     held, started, used = memory(), time.perf_counter(), time.process_time()
     if what == "gradient":
         if side == "ours":
-            loss = accumulate_gradient(model, [sample])
+            loss = mean_loss(model, [sample]).accumulate()
         else:
             value = plain_loss(model, sample)
             value.backward()  # type: ignore[no-untyped-call]

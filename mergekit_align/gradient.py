@@ -24,13 +24,43 @@ BATCH_TOKENS = 2048
 """Tokens in a batch, padding included: their activations are kept for the backward pass."""
 
 
-def accumulate_gradient(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> float:
-    """The mean sample loss (nats/token); its gradient is added to the parameters' `grad`."""
+class Mean:
+    """A mean over samples of what a model makes of them, as something to climb.
+
+    How the samples are read is worked out once: a model's parameters may change in between.
+
+    Args:
+        summed: what a batch adds to the sum, differentiable.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        queries: Sequence[Query],
+        summed: Callable[[TreeBatch], torch.Tensor],
+        budget: Budget | None = None,
+    ) -> None:
+        self._batches = list(plan_batches(model, queries, budget or Budget(BATCH_TOKENS)))
+        self._count = len(queries)
+        self._summed = summed
+
+    def accumulate(self) -> float:
+        """The mean; its gradient is added to the parameters' `grad`."""
+        total = 0.0
+        for batch in self._batches:
+            value = self._summed(batch) / self._count
+            value.backward()  # type: ignore[no-untyped-call]
+            total += float(value.detach())
+        return total
+
+
+def mean_loss(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> Mean:
+    """The mean sample loss, nats a token."""
 
     def summed(batch: TreeBatch) -> torch.Tensor:
         return -(_logprobs(model, batch) / batch.lengths).sum()
 
-    return _accumulate(model, _responses(encoded), summed)
+    return Mean(model, _responses(encoded), summed)
 
 
 def sample_loss(model: PreTrainedModel, sample: EncodedSample) -> torch.Tensor:
@@ -42,10 +72,10 @@ def sample_loss(model: PreTrainedModel, sample: EncodedSample) -> torch.Tensor:
     return -_logprobs(model, batch)[0] / len(response)
 
 
-def accumulate_logprob_gradient(
+def mean_logprob(
     model: PreTrainedModel, encoded: Sequence[EncodedSample], *, by_token: bool
-) -> float:
-    """The responses' mean log-probability; its gradient is added to the parameters' `grad`.
+) -> Mean:
+    """The responses' mean log-probability.
 
     Args:
         by_token: mean over each response's tokens (nats/token) in place of their sum (nats).
@@ -55,18 +85,18 @@ def accumulate_logprob_gradient(
         logprobs = _logprobs(model, batch)
         return (logprobs / batch.lengths if by_token else logprobs).sum()
 
-    return _accumulate(model, _responses(encoded), summed)
+    return Mean(model, _responses(encoded), summed)
 
 
-def accumulate_decision_gradient(
+def mean_decision(
     model: PreTrainedModel,
     encoded: Sequence[EncodedSample],
     openings: Openings,
     *,
     refusal_wanted: bool,
     margin: bool,
-) -> float:
-    """The mean log-probability of the wanted decision; its gradient is added to the parameters' `grad`.
+) -> Mean:
+    """The mean log-probability of the wanted decision.
 
     Args:
         openings: of refusals and of help, as `loss` compares them.
@@ -80,7 +110,7 @@ def accumulate_decision_gradient(
         return (odds if margin else torch.nn.functional.logsigmoid(odds)).sum()
 
     queries = [Query(each.prompt_ids, openings.every) for each in encoded]
-    return _accumulate(model, queries, summed)
+    return Mean(model, queries, summed)
 
 
 class Lesson(NamedTuple):
@@ -116,11 +146,8 @@ def lessons(
     return [found[index] for index in range(len(encoded))]
 
 
-def accumulate_distillation_gradient(model: PreTrainedModel, taught: Sequence[Lesson]) -> float:
-    """Minus the mean divergence from the teacher (see `evolve.distillation`), nats a token.
-
-    Its gradient is added to the parameters' `grad`.
-    """
+def mean_nearness(model: PreTrainedModel, taught: Sequence[Lesson]) -> Mean:
+    """Minus the mean divergence from the teacher (see `evolve.distillation`), nats a token."""
 
     def summed(batch: TreeBatch) -> torch.Tensor:
         following = next_logprobs(model, batch, _cache(model, batch))
@@ -131,7 +158,7 @@ def accumulate_distillation_gradient(model: PreTrainedModel, taught: Sequence[Le
         return -(divergence / batch.lengths[batch.owners]).sum()
 
     samples = [EncodedSample(each.prompt_ids, each.response_ids) for each in taught]
-    return _accumulate(model, _responses(samples), summed, _whole_budget(model))
+    return Mean(model, _responses(samples), summed, _whole_budget(model))
 
 
 def _divergence(teacher: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
@@ -163,18 +190,3 @@ def _cache(model: PreTrainedModel, batch: TreeBatch) -> Any:
     cache = read_once(model, batch.shared)
     cache.batch_repeat_interleave(len(batch.ids))
     return cache
-
-
-def _accumulate(
-    model: PreTrainedModel,
-    queries: Sequence[Query],
-    summed: Callable[[TreeBatch], torch.Tensor],
-    budget: Budget | None = None,
-) -> float:
-    """Mean over queries of what `summed` sums up over a batch of them."""
-    total = 0.0
-    for batch in plan_batches(model, queries, budget or Budget(BATCH_TOKENS)):
-        value = summed(batch) / len(queries)
-        value.backward()  # type: ignore[no-untyped-call]
-        total += float(value.detach())
-    return total

@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mergekit_align import attention
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.gradient import mean_loss
 from mergekit_align.loss import response_scores
 
 SAMPLES = [EncodedSample([5, 6, 7, 8], [9, 10]), EncodedSample([5, 6, 11], [12, 13, 14])]
@@ -70,7 +70,7 @@ def test_trees_are_read_by_products_and_the_model_is_left_as_it_was() -> None:
 
     model = model_of("llama")
     assert not kernels(lambda: response_scores(model, SAMPLES))
-    assert not kernels(lambda: accumulate_gradient(model, SAMPLES))
+    assert not kernels(lambda: mean_loss(model, SAMPLES).accumulate())
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -14,7 +14,7 @@ from mergekit_align import loss, output_layer, reading, trees
 from mergekit_align.demo.models import ARCHITECTURES, new_model
 from mergekit_align.demo.tokenizer import build_tokenizer
 from mergekit_align.encoding import EncodedSample
-from mergekit_align.gradient import accumulate_gradient, sample_loss
+from mergekit_align.gradient import mean_loss, sample_loss
 from mergekit_align.guard import Conversation, Guard, GuardSettings, profiles, scorer
 from mergekit_align.loss import response_scores
 from mergekit_align.openings import Openings
@@ -84,12 +84,12 @@ def test_losses_and_decisions_are_the_same_in_pieces(
 def test_gradients_are_the_same_in_pieces(family: str, bound: Callable[[int], None]) -> None:
     model, read = model_of(family), samples()
     seen, vocabulary = watched(model), reading.vocabulary_size(model)
-    expected = accumulate_gradient(model, read)
+    expected = mean_loss(model, read).accumulate()
     whole = {name: p.grad for name, p in model.named_parameters()}
     runs = len(seen)
     bound(4 * 5 * vocabulary)
     model.zero_grad()
-    assert accumulate_gradient(model, read) == pytest.approx(expected, abs=1e-6)
+    assert mean_loss(model, read).accumulate() == pytest.approx(expected, abs=1e-6)
     assert max(seen[runs:]) <= 4 * 5 * vocabulary < max(seen[:runs])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
@@ -130,12 +130,12 @@ def test_gradients_are_those_of_each_sample(family: str) -> None:
     model.get_input_embeddings().register_forward_hook(
         lambda _, ids, out: seen.append(ids[0].numel())
     )
-    alone = [accumulate_gradient(model, [each]) for each in read]
+    alone = [mean_loss(model, [each]).accumulate() for each in read]
     expected = {name: p.grad / len(read) for name, p in model.named_parameters()}
     assert min(seen) > 70
     model.zero_grad()
     seen.clear()
-    assert accumulate_gradient(model, read) == pytest.approx(sum(alone) / len(read), abs=1e-5)
+    assert mean_loss(model, read).accumulate() == pytest.approx(sum(alone) / len(read), abs=1e-5)
     # What prompts share is read once, but for a window that would count their padding.
     assert seen.count(70) == (family != "mistral")
     for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mergekit_align.encoding import ResponseEncoder
 from mergekit_align.errors import InputError
 from mergekit_align.eval_task_files import eval_tasks_path
-from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.gradient import mean_loss
 from mergekit_align.loss import ResponseReader, questions, response_scores, sample_scores
 from mergekit_align.samples import load_samples
 from mergekit_align.tasks import response as response_module
@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_loss(model, world) -> None:
         encoder.encode(encoder.render(s.prompt), s.response, templated=True) for s in samples
     ]
     scores = response_scores(model, encoded)
-    loss = accumulate_gradient(model, encoded)
+    loss = mean_loss(model, encoded).accumulate()
     assert loss == pytest.approx(sum(score.loss for score in scores) / len(scores), abs=1e-4)
     norm = model.model.norm.weight
     step = 1e-2 * norm.grad / norm.grad.norm()

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 
 from mergekit_align.encoding import EncodedSample
 from mergekit_align.errors import InputError
-from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.gradient import mean_loss
 from mergekit_align.samples import SampleType
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Problem:
     ) -> None:
         self._model = model
         self._sources = sources
-        self._samples = samples
+        self._losses = {kind: mean_loss(model, encoded) for kind, encoded in samples.items()}
         self._parameters = dict(model.named_parameters())
         groups = {name: _group(name, granularity) for name in self._parameters}
         self.groups: list[int | None] = sorted(
@@ -106,9 +106,9 @@ class Problem:
             parameter.data.copy_(merged)
         losses: dict[SampleType, float] = {}
         gradients: dict[SampleType, Array] = {}
-        for kind, encoded in self._samples.items():
+        for kind, loss in self._losses.items():
             self._model.zero_grad()
-            losses[kind] = accumulate_gradient(self._model, encoded)
+            losses[kind] = loss.accumulate()
             gradients[kind] = self._products(weights.shape)
         self._model.zero_grad()
         return Point(weights, losses, gradients)

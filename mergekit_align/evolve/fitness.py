@@ -19,9 +19,10 @@ from mergekit_align.evolve.distillation import DISTILLATION
 from mergekit_align.evolve.sample_values import SampleReader, SampleValues
 from mergekit_align.gradient import (
     Lesson,
-    accumulate_decision_gradient,
-    accumulate_distillation_gradient,
-    accumulate_logprob_gradient,
+    Mean,
+    mean_decision,
+    mean_logprob,
+    mean_nearness,
 )
 from mergekit_align.tasks.response import ResponseTask, is_response_task
 
@@ -83,6 +84,7 @@ class Fitness:
             self._build(task)
         self.lessons: dict[str, list[Lesson]] = {}
         """What the teachers of tasks predict."""
+        self._means: dict[tuple[str, str], Mean] = {}
         self.samples = SampleReader(self._responses, self._lm, wanted, batch_size=batch_size)
 
     def score(self) -> Scored:
@@ -103,16 +105,21 @@ class Fitness:
 
     def accumulate_gradient(self, name: str, metric: str) -> float:
         """A response task's metric; its gradient is added to the parameters' `grad`."""
+        if (name, metric) not in self._means:
+            self._means[name, metric] = self._mean(name, metric)
+        return self._means[name, metric].accumulate()
+
+    def _mean(self, name: str, metric: str) -> Mean:
         task = self._responses[name]
         model = self._lm.model
         if metric == DISTILLATION:
-            return accumulate_distillation_gradient(model, self.lessons[name])
+            return mean_nearness(model, self.lessons[name])
         encoded, openings = self.samples.encoded(name)
         plain = metric.removesuffix(",none")
         if plain in ("logprob", "sequence_logprob"):
-            return accumulate_logprob_gradient(model, encoded, by_token=plain == "logprob")
+            return mean_logprob(model, encoded, by_token=plain == "logprob")
         (kind,) = set(openings)  # one task has the same for all of its samples
-        return accumulate_decision_gradient(
+        return mean_decision(
             model,
             encoded,
             kind,

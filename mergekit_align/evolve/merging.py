@@ -168,24 +168,35 @@ class _Planner(MergePlanner):  # type: ignore[misc]
 
 
 class _SliceParameters:
-    """What a slice of a candidate gives its tensors: the same to those that its filters tell alike."""
+    """What a slice of a candidate gives its tensors: the same to those that it does not tell apart.
+
+    It does by filters, and by lists of numbers, which it spreads over its layers.
+    """
 
     def __init__(self, spec: Any, reader: ConfigReader) -> None:
         self._spec = spec
         self._sources = cache(lambda model: tuple(reader.parameter_sources(model)))
         models = [source.model for source in reader.slice_out.sources]
-        settings = [s.values() for model in [None, *models] for s in self._sources(model) if s]
-        conditions = chain.from_iterable(
-            each if isinstance(each, list) else [each] for each in chain.from_iterable(settings)
+        sources = [s.values() for model in [None, *models] for s in self._sources(model) if s]
+        settings = list(chain.from_iterable(sources))
+        parts = chain.from_iterable(s if isinstance(s, list) else [s] for s in settings)
+        conditions = [each for each in parts if isinstance(each, ConditionalParameter)]
+        self._filters = {each.filter for each in conditions if each.filter is not None}
+        plain = [*settings, *(each.value for each in conditions)]
+        self._by_layer = any(
+            isinstance(each, list) and not isinstance(each[0], ConditionalParameter)
+            for each in plain
+            if each
         )
-        self._filters = {c.filter for c in conditions if isinstance(c, ConditionalParameter)}
-        self._filters.discard(None)
         self._known: dict[Hashable, tuple[dict[str, Any], dict[ModelReference, Any]]] = {}
 
     def of(self, place: _Place) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
         """Those that all inputs of a tensor share, and those of each input."""
         names = (place.weight.name, *place.names.values())
-        key = (place.t, *(part in name for name in names for part in self._filters))
+        key = (
+            place.t if self._by_layer else None,
+            *(part in name for name in names for part in self._filters),
+        )
         if key not in self._known:
             self._known[key] = resolve_parameters(
                 self._spec,

@@ -18,7 +18,7 @@ from mergekit_align.errors import InputError
 from mergekit_align.evolve import read_config, search
 from mergekit_align.evolve.candidate import Evaluator
 from mergekit_align.evolve.distillation import DISTILLATION
-from mergekit_align.gradient import accumulate_distillation_gradient, lessons
+from mergekit_align.gradient import lessons, mean_nearness
 
 TASKS = [
     {"name": "response_alignment", "metric": "decision_logprob,none", "weight": 1.0},
@@ -53,7 +53,7 @@ def whole_divergence(teacher: PreTrainedModel, model: PreTrainedModel) -> torch.
 
 def test_all_tokens_kept_is_the_whole_divergence() -> None:
     teacher, model = random_model(0), random_model(1)
-    value = accumulate_distillation_gradient(model, lessons(teacher, SAMPLES, kept=10**6))
+    value = mean_nearness(model, lessons(teacher, SAMPLES, kept=10**6)).accumulate()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     expected = whole_divergence(teacher, model)
@@ -69,12 +69,11 @@ def test_few_tokens_kept_tell_no_more_than_all() -> None:
     with torch.no_grad():
         whole = float(whole_divergence(teacher, model))
     kept = [
-        -accumulate_distillation_gradient(model, lessons(teacher, SAMPLES, kept=n))
-        for n in (1, 8, 64)
+        -mean_nearness(model, lessons(teacher, SAMPLES, kept=n)).accumulate() for n in (1, 8, 64)
     ]
     assert 0 < kept[0] < kept[1] < kept[2] < whole
     itself = lessons(model, SAMPLES, kept=8)
-    assert accumulate_distillation_gradient(model, itself) == pytest.approx(0, abs=1e-6)
+    assert mean_nearness(model, itself).accumulate() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from mergekit_align.evolve import read_config, search
 from mergekit_align.evolve.ascent import Ascent
 from mergekit_align.evolve.candidate import Evaluator
-from mergekit_align.gradient import accumulate_decision_gradient, accumulate_logprob_gradient
+from mergekit_align.gradient import mean_decision, mean_logprob
 from mergekit_align.loss import response_scores
 
 TASKS = [
@@ -99,15 +99,15 @@ def test_they_are_autograds_through_the_merge(
         before = genes.grad.clone() if genes.grad is not None else torch.zeros_like(genes)
         genes.grad = None
         if "decision" in str(task["metric"]):
-            accumulate_decision_gradient(
+            mean_decision(
                 Merged(),  # type: ignore[arg-type]
                 samples,
                 openings[0],
                 refusal_wanted=name == "response_alignment",
                 margin="margin" in str(task["metric"]),
-            )
+            ).accumulate()
         else:
-            accumulate_logprob_gradient(Merged(), samples, by_token=False)  # type: ignore[arg-type]
+            mean_logprob(Merged(), samples, by_token=False).accumulate()  # type: ignore[arg-type]
         assert genes.grad is not None
         genes.grad = before + weight * genes.grad
     expected = genes.grad.numpy()
@@ -175,12 +175,12 @@ def test_decisions_and_responses_are_the_losss(
         samples, openings = candidates.fitness.samples.encoded(str(task["name"]))
         scores = response_scores(model, samples, openings=openings)
         margins = [score.decision_margin for score in scores]
-        assert accumulate_logprob_gradient(model, samples, by_token=True) == pytest.approx(
+        assert mean_logprob(model, samples, by_token=True).accumulate() == pytest.approx(
             -sum(score.loss for score in scores) / len(scores), abs=1e-4
         )
-        assert accumulate_decision_gradient(
+        assert mean_decision(
             model, samples, openings[0], refusal_wanted=True, margin=True
-        ) == pytest.approx(sum(margins) / len(margins), abs=1e-4)  # type: ignore[arg-type]
+        ).accumulate() == pytest.approx(sum(margins) / len(margins), abs=1e-4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

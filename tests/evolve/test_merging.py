@@ -294,6 +294,28 @@ def test_slices_granularity_and_filters(llama: Path, tmp_path: Path) -> None:
         assert differing(merged.model, on_disk(each, tmp_path / str(number))) == []
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [[0.2, 0.9], [{"filter": "mlp", "value": [0.2, 0.9]}, {"value": 0.5}]],
+    ids=["alone", "of a filter"],
+)
+def test_numbers_spread_over_the_layers(weight: list[Any], llama: Path, tmp_path: Path) -> None:
+    models = [
+        {"model": str(llama / "one"), "parameters": {"weight": weight}},
+        {"model": str(llama / "two"), "parameters": {"weight": 0.7}},
+    ]
+    config = merge_config(llama, "task_arithmetic", models=models)
+    merged = MergedModel(config, OPTIONS)
+    merged.merge(config)
+    assert differing(merged.model, on_disk(config, tmp_path / "out")) == []
+    weights = {
+        merge.own[ModelReference.parse(str(llama / "one"))]["weight"]
+        for merge in merged.resolve(config)
+        if "mlp" in merge.weight.name
+    }
+    assert len(weights) == merged.model.config.num_hidden_layers > 1
+
+
 @pytest.mark.usefixtures("kernels")
 def test_tokenizers_are_aligned(llama: Path, tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.add_tokens(["<new>"])

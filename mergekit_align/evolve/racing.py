@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MISTAKES = 0.1
 """Share of the candidates that lead by more than that and are stopped, at most."""
-_PRIOR = 2  # samples that what is known of a stratum's spread counts as
+_PRIOR = 2  # samples that what is known of a spread counts as
 _LATEST = 4  # candidates that tell the spread: a search's differ ever less
 _LOGPROB = "decision_logprob,none"
 
@@ -170,8 +170,9 @@ class Race:
     ) -> _Difference:
         """How much more a candidate has of a sum of metrics than its rival.
 
-        What is known of a stratum's spread counts as samples too: a few that are alike say little of
-        what varies seldom, such as a decision.
+        What is known of the strata's spread counts as samples too: a few that are alike say little of
+        what varies seldom, such as a decision. It tells how the strata compare; how much a task's vary
+        in all is its samples' to tell, since a search's first candidates differ far more than its last.
         """
         mean = variance = variance_of_all = 0.0
         for task, strata in self._strata_of.items():
@@ -184,8 +185,13 @@ class Race:
                 axis=0,
             )
             means = _sums(differences, seen) / seen
-            known = self._known(task, tuple(own.items()))
             around = _sums((differences - np.repeat(means, seen)) ** 2, seen)
+            known = self._known(task, tuple(own.items()))
+            matters = strata.shares**2 / seen
+            before = _PRIOR * (matters * known).mean()
+            expected = matters @ ((seen - 1) * known) + before
+            if expected:
+                known = known * (matters @ around + before) / expected
             spread = strata.shares**2 * (around + _PRIOR * known) / (seen - 1 + _PRIOR)
             mean += float(strata.shares @ means)
             variance += float((spread / seen * (1 - seen / strata.sizes)).sum())

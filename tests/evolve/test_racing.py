@@ -91,25 +91,33 @@ def test_what_is_much_worse_stops_first(config: EvolveConfig) -> None:
     assert lost_after(config, rival, another(rng, rival, 1.0)) is None
 
 
+def stopped(config: EvolveConfig, standing: Standing, lead: float) -> int:
+    """Of 200 that are better by so many standard errors of the fitness's difference."""
+    rng = np.random.default_rng(1)
+    race = Race(config, standing, TOKENS)
+    lost = 0
+    for _ in range(200):
+        own = another(rng, standing.rival, 0.0)
+        differences = [own[each] - standing.rival[each] for each in (ALIGNMENT, TASK)]
+        weighted = [t["weight"] * d for t, d in zip(TASKS, differences, strict=True)]  # type: ignore[operator]
+        own[ALIGNMENT] += lead * float(sum(each.var() for each in weighted) / SIZE) ** 0.5
+        lost += any(race.is_lost(own, n) for n in range(len(race.slices) - 1))
+    return lost
+
+
 def test_a_lead_that_the_samples_can_tell_is_hardly_ever_stopped(config: EvolveConfig) -> None:
+    standing = Standing.of(values(np.random.default_rng(1)), [])
+    # Just above one, what chance makes of the standard error itself decides.
+    assert stopped(config, standing, 2.0) <= 200 * MISTAKES
+    assert stopped(config, standing, 0.0) > 100  # as good is no lead
+
+
+def test_nor_because_others_are_far_behind(config: EvolveConfig) -> None:
+    """They are what is known of how much candidates differ, at a search's beginning."""
     rng = np.random.default_rng(1)
     rival = values(rng)
-
-    def stopped(lead: float) -> int:
-        """Of 200 that are better by so many standard errors of the fitness's difference."""
-        lost = 0
-        for _ in range(200):
-            own = another(rng, rival, 0.0)
-            differences = [own[each] - rival[each] for each in (ALIGNMENT, TASK)]
-            weighted = [t["weight"] * d for t, d in zip(TASKS, differences, strict=True)]  # type: ignore[operator]
-            own[ALIGNMENT] += lead * float(sum(each.var() for each in weighted) / SIZE) ** 0.5
-            lost += lost_after(config, rival, own) is not None
-        return lost
-
-    allowed = 200 * MISTAKES
-    # Just above one, what chance makes of the standard error itself decides.
-    assert stopped(2.0) <= allowed
-    assert stopped(0.0) > 100  # as good is no lead
+    far = another(rng, {metric: 20 * own for metric, own in rival.items()}, 0.0)
+    assert stopped(config, Standing.of(rival, [far]), 2.0) <= 200 * MISTAKES
 
 
 def test_an_estimate_is_without_bias_and_nearer_than_the_samples_mean(config: EvolveConfig) -> None:

@@ -76,10 +76,10 @@ class LinearKernel(Kernel):
     ) -> None:
         weight = self._weights(own, target.device)
         denominator = weight.sum().reshape(1) if shared["normalize"] else None
-        for piece, out in _stretches(target):
+        for _, (out, *parts) in _stretches(target, *self._tensors):
             result = torch.zeros(out.shape, device=out.device)
-            for tensor, coefficient in zip(self._tensors, weight.unsqueeze(1), strict=True):
-                result.addcmul_(tensor[piece], coefficient)
+            for part, coefficient in zip(parts, weight.unsqueeze(1), strict=True):
+                result.addcmul_(part, coefficient)
             if denominator is not None:
                 result.div_(denominator)
             out.copy_(result.to(torch.bfloat16))
@@ -91,10 +91,10 @@ class LinearKernel(Kernel):
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> dict[ModelReference, float]:
         found = [0.0] * len(self._models)
-        for piece, part in _stretches(gradient):
-            part = part.float()
-            for index, tensor in enumerate(self._tensors):
-                found[index] += float(part @ tensor[piece].float())
+        for _, (slope, *parts) in _stretches(gradient, *self._tensors):
+            slope = slope.float()
+            for index, part in enumerate(parts):
+                found[index] += float(slope @ part.float())
         if shared["normalize"]:  # dW/dw_m = (W_m - W) / sum of the weights
             weights = [own[model]["weight"] for model in self._models]
             total = sum(weights)
@@ -129,8 +129,7 @@ class TaskArithmeticKernel(Kernel):
     ) -> None:
         kept = self._select(own)
         weights = self._weights(own, target.device)
-        for piece, out in _stretches(target):
-            base = self._base[piece]
+        for piece, (out, base) in _stretches(target, self._base):
             deltas = self._task_vectors(piece, base, kept) * weights
             agree = self._agreement(deltas)
             mixed = _sum(deltas if agree is None else keep(deltas, agree))
@@ -149,15 +148,15 @@ class TaskArithmeticKernel(Kernel):
         kept = self._select(own)
         weights = self._weights(own, gradient.device)
         found = torch.zeros(len(self._models), dtype=torch.float64)
-        for piece, part in _stretches(gradient):
-            deltas = self._task_vectors(piece, self._base[piece], kept)
+        for piece, (slope, base) in _stretches(gradient, self._base):
+            deltas = self._task_vectors(piece, base, kept)
             agree = self._agreement(deltas * weights)
             by_weight = (deltas if agree is None else keep(deltas, agree)).float()
             if shared["normalize"]:
                 divisor = self._divisor(weights, agree).float()
                 mixed = (by_weight * weights.float()).sum(0) / divisor
                 by_weight = (by_weight - (mixed if agree is None else mixed * -agree)) / divisor
-            found += (by_weight @ part.float()).double().cpu()
+            found += (by_weight @ slope.float()).double().cpu()
         values = (found * shared["lambda"]).tolist()
         return dict(zip(self._models, values, strict=True))
 
@@ -291,6 +290,9 @@ def _sum(rows: torch.Tensor) -> torch.Tensor:
     return torch.add(rows[0], rows[1]) if len(rows) == 2 else rows.sum(dim=0)
 
 
-def _stretches(target: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    flat = target.view(-1)
-    return ((piece, flat[piece]) for piece in stretches(flat))
+def _stretches(*tensors: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Where stretches of tensors of one size are, and each one's."""
+    flat = [tensor.view(-1) for tensor in tensors]
+    pieces = list(stretches(flat[0]))
+    for piece in pieces:
+        yield piece, [row[piece] for row in flat] if len(pieces) > 1 else flat

@@ -174,7 +174,11 @@ class Evaluator:
 
 def _same(one: Standing, other: Standing) -> bool:
     """Whether they are equal: with several processes they are never the same object."""
-    return one is other or all(
-        mine.keys() == its.keys() and all(np.array_equal(mine[each], its[each]) for each in mine)
-        for mine, its in zip(one, other, strict=True)
+    return one is other or (
+        one.generation == other.generation
+        and all(
+            mine.keys() == its.keys()
+            and all(np.array_equal(mine[each], its[each]) for each in mine)
+            for mine, its in ((one.rival, other.rival), (one.spread, other.spread))
+        )
     )

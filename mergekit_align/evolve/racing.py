@@ -48,6 +48,8 @@ class Standing(NamedTuple):
     rival: SampleValues
     spread: Mapping[Metric, Array]
     """Of each metric how much it is known to vary on every sample, [samples]."""
+    generation: int = 0
+    """Each sees other samples first: one that saw the same as the last would fit those alone."""
 
     @classmethod
     def of(cls, rival: SampleValues, others: Sequence[SampleValues]) -> Standing:
@@ -55,23 +57,32 @@ class Standing(NamedTuple):
 
 
 class Field:
-    """The candidates of a search that have seen every sample."""
+    """The candidates of a search that have seen every sample.
 
-    def __init__(self, config: EvolveConfig) -> None:
+    Args:
+        generation: the number of candidates that are compared with each other.
+    """
+
+    def __init__(self, config: EvolveConfig, generation: int) -> None:
         self._config = config
+        self._generation = generation
+        self._evaluations = 0
         self._complete: list[Evaluation] = []
         self.standing: Standing | None = None
         """`None` as long as there are none, or candidates do not race."""
 
     def add(self, evaluation: Evaluation) -> None:
         """One more evaluation of the search."""
-        if evaluation.samples is None:
-            return
-        self._complete.append(evaluation)
-        best = best_of(self._config, self._complete)
-        others = [each.samples for each in self._complete if each.samples and each is not best]
-        if best is not None and best.samples is not None:
-            self.standing = Standing.of(best.samples, others)
+        self._evaluations += 1
+        if evaluation.samples is not None:
+            self._complete.append(evaluation)
+            best = best_of(self._config, self._complete)
+            others = [each.samples for each in self._complete if each.samples and each is not best]
+            if best is not None and best.samples is not None:
+                self.standing = Standing.of(best.samples, others)
+        if self.standing is not None:
+            generation = self._evaluations // self._generation
+            self.standing = self.standing._replace(generation=generation)
 
 
 class _Difference(NamedTuple):
@@ -96,7 +107,7 @@ class Race:
     def __init__(
         self, config: EvolveConfig, standing: Standing, tokens: Mapping[str, float]
     ) -> None:
-        self._rival, self._spread = standing
+        self._rival, self._spread, generation = standing
         self._floors = [((floor.task, floor.metric), floor.least) for floor in config.floors]
         self._weights: dict[Metric, float] = {}
         for task in config.file.config.tasks:
@@ -107,7 +118,9 @@ class Race:
             judged[metric] = judged.get(metric, 0.0) + abs(weight)
         names = dict.fromkeys(name for name, _ in judged)
         self._strata = stratify(
-            {name: self._spread_of(_of_task(name, judged.items())) for name in names}, tokens
+            {name: self._spread_of(_of_task(name, judged.items())) for name in names},
+            tokens,
+            draw=generation,
         )
         self._strata_of = {
             name: _Strata.of([each for each in self._strata if each.task == name]) for name in names

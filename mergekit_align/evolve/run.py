@@ -116,7 +116,7 @@ def search(
             else:
                 pool = InProcess(evaluator or cache(lambda: Evaluator(config)), gradient=gradient)
             running: set[int] = set()
-            field = Field(config)
+            field = Field(config, searcher.generation)
             for each in study.evaluations:
                 field.add(each)
             while True:

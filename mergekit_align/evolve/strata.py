@@ -41,21 +41,24 @@ class Stratum(NamedTuple):
     """Number that is read after each slice."""
 
 
-def stratify(spread: Mapping[str, Array], cost: Mapping[str, float]) -> list[Stratum]:
+def stratify(
+    spread: Mapping[str, Array], cost: Mapping[str, float], *, draw: int = 0
+) -> list[Stratum]:
     """The samples of all tasks, each in one stratum.
 
     Args:
         spread: of every sample of a task how much it varies, in units of the fitness, [samples].
         cost: of a task's samples, each, in any unit.
+        draw: seeds which samples of a stratum are read first.
     """
     total = sum(cost[name] * len(own) for name, own in spread.items())
     found: list[tuple[str, Places, float]] = []
     for name, own in spread.items():
         # Samples that are alike are drawn at random too: files may be sorted.
-        order = np.random.default_rng(0).permutation(len(own))
+        order = np.random.default_rng(draw).permutation(len(own))
         ranked = order[np.argsort(-own[order], kind="stable")]
         for part in np.split(ranked, [round(cut * len(own)) for cut in CUTS]):
-            drawn = np.random.default_rng(0).permutation(part)
+            drawn = np.random.default_rng(draw).permutation(part)
             if len(drawn):
                 calm = np.maximum(own[drawn], _CALM * own.mean())
                 found.append((name, drawn, float(np.sqrt((calm**2).mean())) / len(own)))

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from mergekit_align.cli.evolve import main
 from mergekit_align.evolve import EvolveConfig, read_config, search
-from mergekit_align.evolve.racing import MISTAKES, Race, Standing
+from mergekit_align.evolve.racing import MISTAKES, Field, Race, Standing
 from mergekit_align.evolve.ranking import best_of
 from mergekit_align.evolve.sample_values import SampleValues
 from mergekit_align.evolve.strata import SHARES, stratify
@@ -120,6 +120,17 @@ def test_nor_because_others_are_far_behind(config: EvolveConfig) -> None:
     assert stopped(config, Standing.of(rival, [far]), 2.0) <= 200 * MISTAKES
 
 
+def test_each_generation_sees_other_samples_first(config: EvolveConfig) -> None:
+    standing = Standing.of(values(np.random.default_rng(5)), [])
+    one, again, other = (
+        Race(config, standing._replace(generation=n), TOKENS).slices for n in (0, 0, 1)
+    )
+    assert one == again
+    for name, places in one[0].items():
+        assert places != other[0][name]
+        assert len(places) == len(other[0][name])
+
+
 def test_an_estimate_is_without_bias_and_nearer_than_the_samples_mean(config: EvolveConfig) -> None:
     rng = np.random.default_rng(2)
     rival = values(rng)
@@ -203,13 +214,19 @@ class TestSearch:
     def test_resumed_is_the_uninterrupted_one(
         self, write_config: WriteConfig, tmp_path: Path
     ) -> None:
-        whole = search(raced(write_config, tmp_path / "whole"))
-        for count in (3, 6):
+        whole = search(raced(write_config, tmp_path / "whole", max_fevals=14))
+        for count in (3, 12, 14):
             config = raced(write_config, tmp_path / "parts", max_fevals=count)
             parts = search(config, resume=True)
         for one, other in zip(whole.evaluations, parts.evaluations, strict=True):
             np.testing.assert_array_equal(one.genotype, other.genotype)
             assert (one.values, one.stopped) == (other.values, other.stopped)
+        field = Field(whole.config, generation=10)
+        for each in whole.evaluations[:12]:
+            field.add(each)
+        assert field.standing is not None
+        assert field.standing.generation == 1
+        assert any(each.stopped for each in whole.evaluations[10:])
 
 
 @pytest.mark.parametrize(

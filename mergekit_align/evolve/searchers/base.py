@@ -59,6 +59,9 @@ class Space(NamedTuple):
 class Searcher(ABC):
     """Asks for candidates; see the module."""
 
+    generation = 10
+    """Candidates that are compared with each other, as far as any are."""
+
     @abstractmethod
     def ask(self) -> Genotype | None:
         """The next candidate; `None` when there is nothing more to try, or not until more is told."""

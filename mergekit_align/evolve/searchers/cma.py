@@ -61,6 +61,7 @@ class CmaSearcher(Searcher):
         if population is not None:
             options["popsize"] = population
         self._strategy = cma.CMAEvolutionStrategy(start, sigma, options)
+        self.generation = int(self._strategy.popsize)
         self._queue: list[Genotype] = []
         self._told: list[tuple[Genotype, Outcome]] = []
 
@@ -73,7 +74,7 @@ class CmaSearcher(Searcher):
 
     def tell(self, genotype: Genotype, outcome: Outcome) -> None:
         self._told.append((genotype, outcome))
-        if len(self._told) < self._strategy.popsize:
+        if len(self._told) < self.generation:
             return
         told, self._told = self._told, []
         if any(each.values is not None for _, each in told):

@@ -181,12 +181,7 @@ class Race:
     def _difference(
         self, weights: Mapping[Metric, float], values: SampleValues, stage: int
     ) -> _Difference:
-        """How much more a candidate has of a sum of metrics than its rival.
-
-        What is known of the strata's spread counts as samples too: a few that are alike say little of
-        what varies seldom, such as a decision. It tells how the strata compare; how much a task's vary
-        in all is its samples' to tell, since a search's first candidates differ far more than its last.
-        """
+        """How much more a candidate has of a sum of metrics than its rival."""
         mean = variance = variance_of_all = 0.0
         for task, strata in self._strata_of.items():
             own = _of_task(task, weights.items())
@@ -200,12 +195,7 @@ class Race:
             means = _sums(differences, seen) / seen
             around = _sums((differences - np.repeat(means, seen)) ** 2, seen)
             known = self._known(task, tuple(own.items()))
-            matters = strata.shares**2 / seen
-            before = _PRIOR * (matters * known).mean()
-            expected = matters @ ((seen - 1) * known) + before
-            if expected:
-                known = known * (matters @ around + before) / expected
-            spread = strata.shares**2 * (around + _PRIOR * known) / (seen - 1 + _PRIOR)
+            spread = strata.shares**2 * _variances(around, seen, known, strata.shares)
             mean += float(strata.shares @ means)
             variance += float((spread / seen * (1 - seen / strata.sizes)).sum())
             variance_of_all += float((spread / strata.sizes).sum())
@@ -245,6 +235,24 @@ class _Strata(NamedTuple):
                 for n in range(len(SHARES))
             ],
         )
+
+
+def _variances(around: Array, seen: Places, known: Array, shares: Array) -> Array:
+    """Of each of a task's strata, by the samples seen and by what is known, which counts as some more.
+
+    A few samples that are alike say little of what varies seldom, such as a decision. What is known
+    tells how the strata compare. How much they vary in all is the samples' to tell: a search's first
+    candidates differ far more than its last.
+
+    Args:
+        around: sum of the squared deviations from the stratum's mean.
+    """
+    matters = shares**2 / seen  # to the mean's variance
+    prior = _PRIOR * (matters * known).mean()
+    expected = matters @ ((seen - 1) * known) + prior
+    scale = (matters @ around + prior) / expected if expected else 1.0
+    variances: Array = (around + _PRIOR * scale * known) / (seen - 1 + _PRIOR)
+    return variances
 
 
 def _sums(values: Array, sizes: Places) -> Array:

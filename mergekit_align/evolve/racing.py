@@ -2,11 +2,11 @@
 
 A candidate races the best one so far that has seen all samples, its *rival*. After a slice, the
 difference of their fitness is known with a standard error; the candidate stops where it does not lead,
-with confidence, by what all of the samples can tell: by one standard error of the difference on as
-many (an indifference zone: Kim & Nelson 2001, doi 10.1145/502109.502111). Both are merges of the same
+with confidence, by what all of the samples can tell: by one standard error of the difference on as many
+(an indifference zone: Kim & Nelson 2001, doi 10.1145/502109.502111). Both are merges of the same
 models, so that their difference varies far less than their values do, and the slices begin with the
-samples that vary (see `strata`), the same ones for all of a generation. What is stopped has an estimate: the rival's own metrics, and the
-estimated difference from them.
+samples that vary (see `strata`), the same ones for all of a generation. What is stopped has an
+estimate: the rival's own metrics, and the estimated difference from them.
 
 Races of an evolution strategy's candidates: Heidrich-Meisner & Igel 2009 (ICML, Hoeffding and Bernstein
 races for selecting policies), whose bounds hold for any distribution and tell nothing apart before

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mergekit_align.devices import default_dtype
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
-from mergekit_align.gradient import accumulate_gradient
+from mergekit_align.gradient import mean_loss
 from mergekit_align.reading import PromptBatch
 from mergekit_align.refusal import refusal_class
 from mergekit_align.samples import Sample, load_samples, save_samples, split_samples
@@ -178,7 +178,7 @@ def fine_tune(
     for step, batch in enumerate(batches, start=1):
         optimizer.zero_grad()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-            loss = accumulate_gradient(model, batch)
+            loss = mean_loss(model, batch).accumulate()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

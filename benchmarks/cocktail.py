@@ -166,7 +166,7 @@ def floor_flops(model: str, samples: list[Sample]) -> float:
     body = layers * (attention + 3 * hidden * ffn)
     tokens = sum(len(each.prompt_ids) + len(each.response_ids) for each in encoded)
     predicted = sum(len(each.response_ids) for each in encoded)
-    return 2.0 * (body * tokens + hidden * config.vocab_size * predicted)
+    return float(2 * (body * tokens + hidden * config.vocab_size * predicted))
 
 
 def renamed(models: list[str], count: int, directory: Path) -> list[str]:

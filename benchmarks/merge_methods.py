@@ -101,12 +101,12 @@ def run(
         held = torch.cuda.memory_allocated()
     seconds = best(lambda: get(method)([group], parameters=parameters), device)
     peak = peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated()
-    files = [
+    given = [
         dict(parameters[key]) for key in ("statistics", "base_statistics") if key in parameters
     ]
 
     def read() -> None:
-        for own in files:
+        for own in given:
             for directory in own.values():
                 read_statistics(directory, KINDS[method], group)
 

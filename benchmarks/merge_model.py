@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from mergekit_align.demo.grammar import refusal, unsafe_prompts
 from mergekit_align.demo.tokenizer import build_tokenizer
-from mergekit_align.samples import Sample, save_samples
+from mergekit_align.samples import Sample, SampleType, save_samples
 
 METHODS = (
     "task_arithmetic",
@@ -48,7 +48,7 @@ METHODS = (
     "regmean",
     "align_adaptive",
 )
-PARENTS = {"aligned": "alignment", "expert": "task"}
+PARENTS: dict[str, SampleType] = {"aligned": "alignment", "expert": "task"}
 
 
 def command(*words: str) -> float:
@@ -90,7 +90,7 @@ def make_samples(path: Path, count: int) -> None:
 
 def config(method: str, work: Path) -> dict[str, Any]:
     known = parameters_of(method)
-    shares = {key: 0.5 for key in ("weight", "density") if key in known}
+    shares: dict[str, Any] = {key: 0.5 for key in ("weight", "density") if key in known}
     return role_config(method, work, PARENTS, shares, base=f"{work}/base", dtype="bfloat16")
 
 

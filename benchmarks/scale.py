@@ -163,7 +163,8 @@ def attention_rate(size: Size, work: Work, device: str, dtype: torch.dtype) -> f
     heads = torch.randn(3, work.samples, size.heads, length, width, device=device, dtype=dtype)
 
     def attend() -> None:
-        torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        queries, keys, values = heads
+        torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
 
     flops = 4.0 * work.samples * size.hidden * length**2
     return flops / best_seconds(attend, device)
@@ -189,7 +190,7 @@ def measure(step: str, size: str, work: Work, device: str, dtype: str) -> dict[s
     others = []
     if step == "merge":
         others = [{n: p.clone() for n, p in model.named_parameters()} for _ in range(work.models)]
-    scorer = HuggingFaceScorer(model, None)  # type: ignore[arg-type]
+    scorer = HuggingFaceScorer(model, None)
 
     def run(out: str) -> None:
         if step == "loss":
@@ -231,7 +232,7 @@ def merge(model: Any, others: list[dict[str, torch.Tensor]]) -> None:
 
 def judge(scorer: HuggingFaceScorer, prompts: list[list[int]], policy: list[int]) -> None:
     """Verdicts' probabilities; what they would be decoded to is not wanted."""
-    scorer.tokenizer = _Silent()  # type: ignore[assignment]
+    scorer.tokenizer = _Silent()
     scorer.scores(prompts, VerdictTree({(1,): "safe", (2,): "unsafe"}), preamble=tuple(policy))
 
 

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,12 @@ def searches(directory: Path, origin: str, measured: Measured) -> dict[str, Path
 
 
 def statistics(
-    directory: Path, model: Path | str, place: str, role: str, kinds: list[str], measured: Measured
+    directory: Path,
+    model: Path | str,
+    place: str,
+    role: str,
+    kinds: Sequence[str],
+    measured: Measured,
 ) -> None:
     measured.run(
         f"statistics {place} {' '.join(kinds)}",

@@ -92,7 +92,8 @@ def plain_loss(model: Any, sample: EncodedSample) -> torch.Tensor:
     count = len(sample.response_ids)
     logits = model(input_ids=ids, logits_to_keep=count + 1).logits[:, :-1].float()
     chosen = logits.log_softmax(2).gather(2, ids[:, -count:].unsqueeze(2))
-    return -chosen.mean()
+    loss: torch.Tensor = -chosen.mean()
+    return loss
 
 
 def measure(

@@ -66,7 +66,6 @@ class Problem:
     ) -> None:
         self._model = model
         self._sources = sources
-        self._losses = {kind: mean_loss(model, encoded) for kind, encoded in samples.items()}
         self._parameters = dict(model.named_parameters())
         groups = {name: _group(name, granularity) for name in self._parameters}
         self.groups: list[int | None] = sorted(
@@ -81,6 +80,7 @@ class Problem:
                         f"{source.index.base_path}: found no tensor {name}; expected one, as in "
                         "the other models"
                     )
+        self._losses = {kind: mean_loss(model, encoded) for kind, encoded in samples.items()}
 
     def _tensor(self, source: LazyTensorLoader, name: str) -> torch.Tensor:
         """A model's tensor, where its parameter is, float32."""

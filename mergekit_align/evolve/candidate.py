@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from mergekit_align.evolve.fitness import Fitness, Results, Scored
 from mergekit_align.evolve.genes import Array, Genotype
 from mergekit_align.evolve.merging import MergedModel
 from mergekit_align.evolve.racing import Race, Standing, racing_metrics
-from mergekit_align.evolve.sample_values import SampleValues, SliceReader
+from mergekit_align.evolve.sample_values import Metric, SampleValues, SliceReader
 
 
 class Result(NamedTuple):
@@ -176,9 +176,12 @@ def _same(one: Standing, other: Standing) -> bool:
     """Whether they are equal: with several processes they are never the same object."""
     return one is other or (
         one.generation == other.generation
-        and all(
-            mine.keys() == its.keys()
-            and all(np.array_equal(mine[each], its[each]) for each in mine)
-            for mine, its in ((one.rival, other.rival), (one.spread, other.spread))
-        )
+        and _equal(one.rival, other.rival)
+        and _equal(one.spread, other.spread)
+    )
+
+
+def _equal(one: Mapping[Metric, Array], other: Mapping[Metric, Array]) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[each], other[each]) for each in one
     )

@@ -134,9 +134,7 @@ class Evaluator:
             samples.whole.read(values)
         else:
             if self._course is None or not _same(self._course.standing, standing):
-                race = Race(self._config, standing, samples.tokens())
-                readers = [cache(partial(samples.slice, each)) for each in race.slices]
-                self._course = _Course(standing, race, readers)
+                self._course = self._lay_out(standing)
             _, race, slices = self._course
             for stage, reader in enumerate(slices):
                 reader().read(values)
@@ -144,6 +142,15 @@ class Evaluator:
                     scored = self.fitness.total(race.estimate(values, stage))
                     return scored, race.samples(stage), None
         return self.fitness.total(samples.means(values)), None, compact(values)
+
+    def _lay_out(self, standing: Standing) -> _Course:
+        before = self._course
+        if before is not None and _sees_the_same(before.standing, standing):
+            return before._replace(standing=standing, race=before.race.against(standing.rival))
+        samples = self.fitness.samples
+        race = Race(self._config, standing, samples.tokens())
+        readers = [cache(partial(samples.slice, each)) for each in race.slices]
+        return _Course(standing, race, readers)
 
     def _climb(self, genotype: Genotype) -> tuple[Scored, Array]:
         """What a candidate is worth, and the gradients of that and of its violations."""
@@ -174,14 +181,15 @@ class Evaluator:
 
 def _same(one: Standing, other: Standing) -> bool:
     """Whether they are equal: with several processes they are never the same object."""
-    return one is other or (
-        one.generation == other.generation
-        and _equal(one.rival, other.rival)
-        and _equal(one.spread, other.spread)
-    )
+    return one is other or (_equal(one.rival, other.rival) and _sees_the_same(one, other))
+
+
+def _sees_the_same(one: Standing, other: Standing) -> bool:
+    """Whether both have candidates see the same samples in the same order."""
+    return one.generation == other.generation and _equal(one.spread, other.spread)
 
 
 def _equal(one: Mapping[Metric, Array], other: Mapping[Metric, Array]) -> bool:
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[each], other[each]) for each in one
+    return one is other or (
+        one.keys() == other.keys() and all(np.array_equal(one[each], other[each]) for each in one)
     )

@@ -17,6 +17,7 @@ thousands of samples. Here the bound is the normal one of a stratified sample of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,13 +48,17 @@ class Standing(NamedTuple):
 
     rival: SampleValues
     spread: Mapping[Metric, Array]
-    """Of each metric how much it is known to vary on every sample, [samples]."""
+    """Of each metric how much it is known to vary on every sample, [samples]. All of a generation have
+    the same, and so see the same samples, as soon as there are enough to tell it."""
     generation: int = 0
     """Each sees other samples first: one that saw the same as the last would fit those alone."""
 
     @classmethod
-    def of(cls, rival: SampleValues, others: Sequence[SampleValues]) -> Standing:
-        return cls(rival, {metric: _spread(metric, rival, others) for metric in rival})
+    def of(
+        cls, rival: SampleValues, others: Sequence[SampleValues], generation: int = 0
+    ) -> Standing:
+        spread = {metric: _spread(metric, rival, others) for metric in rival}
+        return cls(rival, spread, generation)
 
 
 class Field:
@@ -76,13 +81,16 @@ class Field:
         self._evaluations += 1
         if evaluation.samples is not None:
             self._complete.append(evaluation)
-            best = best_of(self._config, self._complete)
-            others = [each.samples for each in self._complete if each.samples and each is not best]
-            if best is not None and best.samples is not None:
-                self.standing = Standing.of(best.samples, others)
-        if self.standing is not None:
-            generation = self._evaluations // self._generation
-            self.standing = self.standing._replace(generation=generation)
+        best = best_of(self._config, self._complete)
+        if best is None or best.samples is None:
+            return
+        before, generation = self.standing, self._evaluations // self._generation
+        others = [each.samples for each in self._complete if each.samples and each is not best]
+        learning = evaluation.samples is not None and len(others) <= _LATEST
+        if before is None or before.generation != generation or learning:
+            self.standing = Standing.of(best.samples, others, generation)
+        else:
+            self.standing = before._replace(rival=best.samples)
 
 
 class _Difference(NamedTuple):
@@ -133,6 +141,12 @@ class Race:
             self._slice(stages[n - 1] if n else None, stage) for n, stage in enumerate(stages)
         ]
         self._width = NormalDist().inv_cdf(1 - MISTAKES / max(1, len(stages) - 1))
+
+    def against(self, rival: SampleValues) -> Race:
+        """The same race, of the same samples in the same order, against another rival."""
+        race = copy(self)
+        race._rival = rival
+        return race
 
     def samples(self, stage: int) -> int:
         """Number of samples seen after a slice."""

@@ -17,6 +17,7 @@ from mergekit_align.evolve.racing import MISTAKES, Field, Race, Standing
 from mergekit_align.evolve.ranking import best_of
 from mergekit_align.evolve.sample_values import SampleValues
 from mergekit_align.evolve.strata import SHARES, stratify
+from mergekit_align.evolve.study import Evaluation
 from mergekit_align.report.study_file import read_study
 
 WriteConfig = Callable[..., Path]
@@ -129,6 +130,41 @@ def test_each_generation_sees_other_samples_first(config: EvolveConfig) -> None:
     for name, places in one[0].items():
         assert places != other[0][name]
         assert len(places) == len(other[0][name])
+
+
+def test_all_of_a_generation_see_the_same_though_the_rival_is_another(
+    config: EvolveConfig,
+) -> None:
+    rng = np.random.default_rng(6)
+    field = Field(config, generation=10)
+    standings = []
+    for number in range(12):
+        samples = values(rng, better=float(number))
+        field.add(evaluated(number, samples))
+        assert field.standing is not None
+        assert field.standing.rival is samples
+        standings.append(field.standing)
+    slices = [Race(config, each, TOKENS).slices for each in standings]
+    assert slices[0] != slices[4]  # the first few tell how much candidates differ
+    assert slices[4] == slices[8]
+    assert slices[8] != slices[9] == slices[10] == slices[11]
+
+
+def test_a_race_against_another_rival_judges_by_that_one(config: EvolveConfig) -> None:
+    rng = np.random.default_rng(7)
+    rival = values(rng)
+    own, better = another(rng, rival, 0.5), another(rng, rival, 2.0)
+    race = Race(config, Standing.of(rival, []), TOKENS)
+    harder = race.against(better)
+    assert harder.slices == race.slices
+    assert not race.is_lost(own, 1)
+    assert harder.is_lost(own, 1)
+
+
+def evaluated(number: int, samples: SampleValues) -> Evaluation:
+    weights = {(t["name"], t["metric"]): t["weight"] for t in TASKS}
+    fitness = sum(weights[each] * own.mean() for each, own in samples.items())  # type: ignore[index,operator]
+    return Evaluation(np.zeros(1), number, number + 1, (fitness,), (), {}, 0.0, 0, samples=samples)
 
 
 def test_an_estimate_is_without_bias_and_nearer_than_the_samples_mean(config: EvolveConfig) -> None:

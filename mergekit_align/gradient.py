@@ -24,7 +24,7 @@ BATCH_TOKENS = 2048
 """Tokens in a batch, padding included: their activations are kept for the backward pass."""
 
 
-class Mean:
+class MeanOverSamples:
     """A mean over samples of what a model makes of them, as something to climb.
 
     How the samples are read is worked out once: a model's parameters may change in between.
@@ -54,13 +54,13 @@ class Mean:
         return total
 
 
-def mean_loss(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> Mean:
+def mean_loss(model: PreTrainedModel, encoded: Sequence[EncodedSample]) -> MeanOverSamples:
     """The mean sample loss, nats a token."""
 
     def summed(batch: TreeBatch) -> torch.Tensor:
         return -(_logprobs(model, batch) / batch.lengths).sum()
 
-    return Mean(model, _responses(encoded), summed)
+    return MeanOverSamples(model, _responses(encoded), summed)
 
 
 def sample_loss(model: PreTrainedModel, sample: EncodedSample) -> torch.Tensor:
@@ -74,7 +74,7 @@ def sample_loss(model: PreTrainedModel, sample: EncodedSample) -> torch.Tensor:
 
 def mean_logprob(
     model: PreTrainedModel, encoded: Sequence[EncodedSample], *, by_token: bool
-) -> Mean:
+) -> MeanOverSamples:
     """The responses' mean log-probability.
 
     Args:
@@ -85,7 +85,7 @@ def mean_logprob(
         logprobs = _logprobs(model, batch)
         return (logprobs / batch.lengths if by_token else logprobs).sum()
 
-    return Mean(model, _responses(encoded), summed)
+    return MeanOverSamples(model, _responses(encoded), summed)
 
 
 def mean_decision(
@@ -95,7 +95,7 @@ def mean_decision(
     *,
     refusal_wanted: bool,
     margin: bool,
-) -> Mean:
+) -> MeanOverSamples:
     """The mean log-probability of the wanted decision.
 
     Args:
@@ -110,7 +110,7 @@ def mean_decision(
         return (odds if margin else torch.nn.functional.logsigmoid(odds)).sum()
 
     queries = [Query(each.prompt_ids, openings.every) for each in encoded]
-    return Mean(model, queries, summed)
+    return MeanOverSamples(model, queries, summed)
 
 
 class Lesson(NamedTuple):
@@ -146,7 +146,7 @@ def lessons(
     return [found[index] for index in range(len(encoded))]
 
 
-def mean_nearness(model: PreTrainedModel, taught: Sequence[Lesson]) -> Mean:
+def mean_nearness(model: PreTrainedModel, taught: Sequence[Lesson]) -> MeanOverSamples:
     """Minus the mean divergence from the teacher (see `evolve.distillation`), nats a token."""
 
     def summed(batch: TreeBatch) -> torch.Tensor:
@@ -158,7 +158,7 @@ def mean_nearness(model: PreTrainedModel, taught: Sequence[Lesson]) -> Mean:
         return -(divergence / batch.lengths[batch.owners]).sum()
 
     samples = [EncodedSample(each.prompt_ids, each.response_ids) for each in taught]
-    return Mean(model, _responses(samples), summed, _whole_budget(model))
+    return MeanOverSamples(model, _responses(samples), summed, _whole_budget(model))
 
 
 def _divergence(teacher: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

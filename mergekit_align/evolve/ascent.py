@@ -17,7 +17,8 @@ from mergekit_align.errors import InputError
 from mergekit_align.evolve.fitness import Fitness, Results
 from mergekit_align.evolve.genes import Array, Genes
 from mergekit_align.evolve.kernels import KERNELS
-from mergekit_align.evolve.merging import MergedModel, TensorMerge
+from mergekit_align.evolve.merging import MergedModel
+from mergekit_align.evolve.planning import TensorMerge
 from mergekit_align.tasks.response import is_response_task
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from mergekit_align.evolve.distillation import DISTILLATION
 from mergekit_align.evolve.sample_values import SampleReader, SampleValues
 from mergekit_align.gradient import (
     Lesson,
-    Mean,
+    MeanOverSamples,
     mean_decision,
     mean_logprob,
     mean_nearness,
@@ -84,7 +84,7 @@ class Fitness:
             self._build(task)
         self.lessons: dict[str, list[Lesson]] = {}
         """What the teachers of tasks predict."""
-        self._means: dict[tuple[str, str], Mean] = {}
+        self._means: dict[tuple[str, str], MeanOverSamples] = {}
         self.samples = SampleReader(self._responses, self._lm, wanted, batch_size=batch_size)
 
     def score(self) -> Scored:
@@ -109,7 +109,7 @@ class Fitness:
             self._means[name, metric] = self._mean(name, metric)
         return self._means[name, metric].accumulate()
 
-    def _mean(self, name: str, metric: str) -> Mean:
+    def _mean(self, name: str, metric: str) -> MeanOverSamples:
         task = self._responses[name]
         model = self._lm.model
         if metric == DISTILLATION:

@@ -1,32 +1,25 @@
 """A merge config -> the one model that every candidate is: its parameters are overwritten in place.
 
-What a candidate costs is its arithmetic: the plan of which tensors go into which, the inputs
-(memory-mapped where mergekit does not convert them) and the model itself are made once. mergekit
-resolves each config's parameters and its kernels merge, in the order in which `mergekit-yaml` runs
-them, so that the bits are the same, those of random methods too. Methods in `kernels` have faster
-ways to the same bits.
+What a candidate costs is its arithmetic: the plan (see `planning`), the inputs (memory-mapped where
+mergekit does not convert them) and the model itself are made once. mergekit's kernels merge, in the
+order in which `mergekit-yaml` runs them, so that the bits are the same, those of random methods too.
+Methods in `kernels` have faster ways to the same bits.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache, cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from importlib.util import find_spec
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from mergekit.architecture import WeightInfo, get_architecture_info
-from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import (
-    ConditionalParameter,
-    ConfigReader,
-    MergeConfiguration,
-    OutputSliceDefinition,
-)
+from mergekit.architecture import get_architecture_info
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge import (
@@ -35,15 +28,13 @@ from mergekit.merge import (
     _set_chat_template,
     _update_config_vocab,
 )
-from mergekit.merge_methods import get
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from mergekit.parameter_resolver import resolve_parameters
 from mergekit.plan import MergePlanner
 
 from mergekit_align.devices import give_memory_back
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.kernels import KERNELS, Kernel, kernel_for
+from mergekit_align.evolve.planning import PlannedTensor, Planner, TensorMerge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,26 +45,6 @@ _GIVEN_BACK = 2**25
 """Numbers after which the memory that preparing them took is given back."""
 
 
-class _Planned:
-    """A tensor of certain inputs, once they are loaded."""
-
-    def __init__(self, task: ExecuteMergeMethodTask) -> None:
-        self.task = task
-        """How mergekit makes it; of the first candidate that had the same inputs."""
-        self.inputs: dict[ModelReference, torch.Tensor] | None = None
-
-
-class TensorMerge(NamedTuple):
-    """One tensor of a candidate."""
-
-    weight: WeightInfo
-    planned: _Planned
-    shared: dict[str, Any]
-    """The method's parameters that all inputs share."""
-    own: dict[ModelReference, dict[str, Any]]
-    """Those of each input."""
-
-
 class _Job(NamedTuple):
     """What one tensor of a candidate is merged into, and how."""
 
@@ -81,132 +52,6 @@ class _Job(NamedTuple):
     target: torch.Tensor
     kernel: Kernel | None
     """Ours; `None` where mergekit's own merges it."""
-
-
-class _Place(NamedTuple):
-    """Where a tensor stands in the plan of configs that differ in their numbers alone."""
-
-    weight: WeightInfo
-    planned: _Planned
-    names: dict[ModelReference, str]
-    """What the tensor is called in each input."""
-    base: ModelReference | None
-    slice: tuple[str, int]
-    """Module, and which of its slices gives the parameters."""
-    t: float
-
-
-class _Planner(MergePlanner):  # type: ignore[misc]
-    """mergekit's planner, which plans once what candidates have in common: all but the numbers."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._plans: dict[Hashable, list[_Place]] = {}
-        self._planned: dict[Hashable, _Planned | None] = {}
-        self._places: list[_Place] = []
-
-    def plan(self, config: MergeConfiguration) -> list[TensorMerge]:
-        """What a candidate's tensors are merged from, and by which numbers."""
-        # Planning changes modules in place, and replaces all else.
-        self.config = config.model_copy(deep=config.modules is not None)
-        self._method = get(config.merge_method)
-        self.normalize_config()
-        slices = self._slices()
-        inputs = [
-            (
-                place,
-                each.base_model,
-                *((source.model, source.layer_range) for source in each.sources),
-            )
-            for place, each in slices.items()
-        ]
-        key = (config.merge_method, config.base_model, *inputs)
-        if key not in self._plans:
-            self._tensors: list[Any] = []
-            self._places = []
-            self._plan()
-            self._plans[key] = self._places
-        parameters = {place: self._parameters(*place) for place in slices}
-        return [
-            TensorMerge(each.weight, each.planned, *parameters[each.slice].of(each))
-            for each in self._plans[key]
-        ]
-
-    def plan_tensor(
-        self,
-        weight: WeightInfo,
-        weights_in: list[WeightInfo],
-        models: list[ModelReference],
-        cfg_reader: ConfigReader,
-    ) -> None:
-        base = cfg_reader.base_model
-        names = {model: each.name for model, each in zip(models, weights_in, strict=True)}
-        key = (self._method.spec.name, weight.name, *models, *names.values(), base)
-        if key not in self._planned:
-            before = len(self._tensors)
-            super().plan_tensor(weight, weights_in, models, cfg_reader)
-            tensors = self._tensors[before:]  # nothing where no input has an optional tensor
-            self._planned[key] = _Planned(tensors[0][1]) if tensors else None
-        planned = self._planned[key]
-        if planned is not None:
-            place = next(p for p, each in self._slices().items() if each is cfg_reader.slice_out)
-            self._places.append(_Place(weight, planned, names, base, place, cfg_reader.t))
-
-    def _slices(self) -> dict[tuple[str, int], OutputSliceDefinition]:
-        return {
-            (module, index): each
-            for module, definition in self.config.modules.items()
-            for index, each in enumerate(definition.slices)
-        }
-
-    def _parameters(self, module: str, index: int) -> _SliceParameters:
-        definition = self.config.modules[module]
-        reader = ConfigReader(
-            config=self.config, t=0, slice_out=definition.slices[index], module=definition
-        )
-        return _SliceParameters(self._method.spec, reader)
-
-
-class _SliceParameters:
-    """What a slice of a candidate gives its tensors: the same to those that it does not tell apart.
-
-    It does by filters, and by lists of numbers, which it spreads over its layers.
-    """
-
-    def __init__(self, spec: Any, reader: ConfigReader) -> None:
-        self._spec = spec
-        self._sources = cache(lambda model: tuple(reader.parameter_sources(model)))
-        models = [source.model for source in reader.slice_out.sources]
-        sources = [s.values() for model in [None, *models] for s in self._sources(model) if s]
-        settings = list(chain.from_iterable(sources))
-        parts = chain.from_iterable(s if isinstance(s, list) else [s] for s in settings)
-        conditions = [each for each in parts if isinstance(each, ConditionalParameter)]
-        self._filters = {each.filter for each in conditions if each.filter is not None}
-        plain = [*settings, *(each.value for each in conditions)]
-        self._by_layer = any(
-            isinstance(each, list) and not isinstance(each[0], ConditionalParameter)
-            for each in plain
-            if each
-        )
-        self._known: dict[Hashable, tuple[dict[str, Any], dict[ModelReference, Any]]] = {}
-
-    def of(self, place: _Place) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
-        """Those that all inputs of a tensor share, and those of each input."""
-        names = (place.weight.name, *place.names.values())
-        key = (
-            place.t if self._by_layer else None,
-            *(part in name for name in names for part in self._filters),
-        )
-        if key not in self._known:
-            self._known[key] = resolve_parameters(
-                self._spec,
-                tensor_name=place.weight.name,
-                inputs=place.names,
-                sources=self._sources,
-                base_model=place.base,
-                t=place.t,
-            )
-        return self._known[key]
 
 
 class MergedModel:
@@ -240,14 +85,14 @@ class MergedModel:
         self._out_config = _model_out_config(
             config, self._architecture, trust_remote_code=options.trust_remote_code
         )
-        self._planner = _Planner(config, self._architecture, options, self._out_config)
+        self._planner = Planner(config, self._architecture, options, self._out_config)
         self._order = self._order_on_disk(config)
         self.tokenizer: PreTrainedTokenizerBase = self._make_tokenizer(config)
         self.model: PreTrainedModel = self._make_model(config, dtype)
         # By checkpoint name; of parameters that are tied, the first name alone.
         self._targets: dict[str, torch.nn.Parameter] = dict(self.model.named_parameters())
         self._written: dict[str, object] = {}
-        self._kernel_of: dict[_Planned, Kernel | None] = {}
+        self._kernel_of: dict[PlannedTensor, Kernel | None] = {}
 
     def resolve(self, config: MergeConfiguration) -> list[TensorMerge]:
         """The tensors of a candidate, in the order in which `mergekit-yaml` merges them."""

@@ -17,13 +17,20 @@ from mergekit_align.devices import default_dtype
 
 
 def name(device: str = "cpu") -> str:
-    """The GPU, or the processors: how many, with bfloat16 or not, and threads where they are fewer."""
+    """The GPU, or the processors: how many, with bfloat16 or not, and threads where they are fewer.
+
+    Of x86 processors the family and the model too: a virtual machine's name may be their maker's alone.
+    """
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     found = platform.processor() or platform.machine()
     if _CPUS.exists():
-        models = [line for line in _CPUS.read_text().splitlines() if line.startswith("model name")]
-        found = models[0].partition(":")[2].strip() if models else found
+        first, *_ = _CPUS.read_text().split("\n\n")
+        lines = (line.partition(":") for line in first.splitlines())
+        told = {key.strip(): value.strip() for key, _, value in lines}
+        found = told.get("model name", found)
+        if "cpu family" in told:
+            found += f" (family {told['cpu family']}, model {told['model']})"
     count, threads = os.cpu_count(), torch.get_num_threads()
     half = " with bfloat16" if default_dtype("cpu") == torch.bfloat16 else ""
     fewer = f", threads: {threads}" if threads != count else ""

@@ -309,7 +309,7 @@ def own_search(files: Files) -> list[str]:
     for _, record in files:
         header, rows = _SEARCH_TABLES[record["search"]](record["found"])
         command = " ".join(["evolve.py", record["search"], *record.get("of", [])])
-        lines += [f"`{command}`:", "", *table(header, rows), ""]
+        lines += [f"`{command}`, {record['machine']}:", "", *table(header, rows), ""]
     return lines[:-1]
 
 

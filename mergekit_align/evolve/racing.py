@@ -130,13 +130,14 @@ class Race:
             tokens,
             draw=generation,
         )
-        self._strata_of = {
-            name: _Strata.of([each for each in self._strata if each.task == name]) for name in names
-        }
-        self._known = cache(self._known_variance)
         seen = np.array([each.seen for each in self._strata])
         stages = [n for n in range(len(SHARES)) if n == 0 or (seen[:, n] > seen[:, n - 1]).any()]
         self._stages = stages
+        self._strata_of = {
+            name: _Strata.of([each for each in self._strata if each.task == name], stages)
+            for name in names
+        }
+        self._known = cache(self._known_variance)
         self.slices = [
             self._slice(stages[n - 1] if n else None, stage) for n, stage in enumerate(stages)
         ]
@@ -201,7 +202,7 @@ class Race:
             own = _of_task(task, weights.items())
             if not own:
                 continue
-            places, seen = strata.drawn[self._stages[stage]]
+            places, seen = strata.drawn[stage]
             differences: Array = np.sum(
                 [w * (values[m][places] - self._rival[m][places]) for m, w in own.items()],
                 axis=0,
@@ -235,7 +236,7 @@ class _Strata(NamedTuple):
     """After each slice, the places of the samples seen, and the number of these of each."""
 
     @classmethod
-    def of(cls, strata: Sequence[Stratum]) -> _Strata:
+    def of(cls, strata: Sequence[Stratum], stages: Sequence[int]) -> _Strata:
         """Of the strata of one task."""
         return cls(
             np.concatenate([each.places for each in strata]),
@@ -246,7 +247,7 @@ class _Strata(NamedTuple):
                     np.concatenate([each.places[: each.seen[n]] for each in strata]),
                     np.array([each.seen[n] for each in strata]),
                 )
-                for n in range(len(SHARES))
+                for n in stages
             ],
         )
 

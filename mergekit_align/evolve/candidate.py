@@ -133,8 +133,7 @@ class Evaluator:
         if standing is None:
             samples.whole.read(values)
         else:
-            if self._course is None or not _same(self._course.standing, standing):
-                self._course = self._lay_out(standing)
+            self._course = self._course_of(standing)
             _, race, slices = self._course
             for stage, reader in enumerate(slices):
                 reader().read(values)
@@ -143,9 +142,9 @@ class Evaluator:
                     return scored, race.samples(stage), None
         return self.fitness.total(samples.means(values)), None, compact(values)
 
-    def _lay_out(self, standing: Standing) -> _Course:
+    def _course_of(self, standing: Standing) -> _Course:
         before = self._course
-        if before is not None and _sees_the_same(before.standing, standing):
+        if before is not None and _see_the_same(before.standing, standing):
             return before._replace(standing=standing, race=before.race.against(standing.rival))
         samples = self.fitness.samples
         race = Race(self._config, standing, samples.tokens())
@@ -179,17 +178,17 @@ class Evaluator:
         return tuple(scored.results[task][metric] for task, metric in self._config.objectives)
 
 
-def _same(one: Standing, other: Standing) -> bool:
-    """Whether they are equal: with several processes they are never the same object."""
-    return one is other or (_equal(one.rival, other.rival) and _sees_the_same(one, other))
+def _see_the_same(one: Standing, other: Standing) -> bool:
+    """Whether candidates see the same samples in the same order.
 
-
-def _sees_the_same(one: Standing, other: Standing) -> bool:
-    """Whether both have candidates see the same samples in the same order."""
-    return one.generation == other.generation and _equal(one.spread, other.spread)
+    With several processes two standings that are equal are never the same object.
+    """
+    return one.generation == other.generation and (
+        one.spread is other.spread or _equal(one.spread, other.spread)
+    )
 
 
 def _equal(one: Mapping[Metric, Array], other: Mapping[Metric, Array]) -> bool:
-    return one is other or (
-        one.keys() == other.keys() and all(np.array_equal(one[each], other[each]) for each in one)
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[each], other[each]) for each in one
     )

@@ -50,7 +50,7 @@ class Standing(NamedTuple):
     spread: Mapping[Metric, Array]
     """Of each metric how much it is known to vary on every sample, [samples]. All of a generation have
     the same, and so see the same samples, as soon as there are enough to tell it."""
-    generation: int = 0
+    generation: int
     """Each sees other samples first: one that saw the same as the last would fit those alone."""
 
     @classmethod
@@ -79,15 +79,16 @@ class Field:
     def add(self, evaluation: Evaluation) -> None:
         """One more evaluation of the search."""
         self._evaluations += 1
+        before, generation = self.standing, self._evaluations // self._generation
         if evaluation.samples is not None:
             self._complete.append(evaluation)
+        elif before is None or before.generation == generation:
+            return
         best = best_of(self._config, self._complete)
         if best is None or best.samples is None:
             return
-        before, generation = self.standing, self._evaluations // self._generation
         others = [each.samples for each in self._complete if each.samples and each is not best]
-        learning = evaluation.samples is not None and len(others) <= _LATEST
-        if before is None or before.generation != generation or learning:
+        if before is None or before.generation != generation or len(others) <= _LATEST:
             self.standing = Standing.of(best.samples, others, generation)
         else:
             self.standing = before._replace(rival=best.samples)
@@ -132,7 +133,6 @@ class Race:
         )
         seen = np.array([each.seen for each in self._strata])
         stages = [n for n in range(len(SHARES)) if n == 0 or (seen[:, n] > seen[:, n - 1]).any()]
-        self._stages = stages
         self._strata_of = {
             name: _Strata.of([each for each in self._strata if each.task == name], stages)
             for name in names
@@ -151,7 +151,7 @@ class Race:
 
     def samples(self, stage: int) -> int:
         """Number of samples seen after a slice."""
-        return sum(each.seen[self._stages[stage]] for each in self._strata)
+        return sum(len(each.drawn[stage][0]) for each in self._strata_of.values())
 
     def is_lost(self, values: SampleValues, stage: int) -> bool:
         """Whether a candidate does not lead its rival, with confidence, after a slice.

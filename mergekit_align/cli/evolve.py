@@ -8,6 +8,7 @@ from functools import cache
 import click
 
 from mergekit_align.cli.common import command
+from mergekit_align.process import importing
 
 
 @command("mergekit-align-evolve")
@@ -49,16 +50,17 @@ def main(
     `best_config.yml`, a plain mergekit config, is kept current; the study goes on after a kill with
     --resume. Ctrl-C finishes the candidate and saves. Exit status 3: no candidate kept the floors.
     """
-    from transformers.utils.logging import disable_progress_bar
+    with importing():
+        from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_align.evolve import Evaluator, SearchError, read_config, search
-    from mergekit_align.evolve.report import (
-        describe,
-        print_summary,
-        summary,
-        write_front,
-        write_model,
-    )
+        from mergekit_align.evolve import Evaluator, SearchError, read_config, search
+        from mergekit_align.evolve.report import (
+            describe,
+            print_summary,
+            summary,
+            write_front,
+            write_model,
+        )
 
     disable_progress_bar()
     config = read_config(

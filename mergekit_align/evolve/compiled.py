@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numba
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from llvmlite import ir
 from mergekit.common import ModelReference
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
 from mergekit_align.evolve.kernels import Kernel, LinearKernel, TaskArithmeticKernel, TiesKernel
 
-_STRETCH = 2**16
+_STRETCH = 2**14
 """Numbers that a thread merges at a time."""
 _BLOCK = 2**11
 """Numbers that stay in the nearest cache from step to step."""
@@ -66,6 +66,20 @@ def _bits(context, number):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def _upper(context, number):  # type: ignore[no-untyped-def]
+    """The upper half of a float32 number's bits, uint16.
+
+    Of uint32 numba would make 64 bits before it shifts them, at several times the cost.
+    """
+
+    def code(_context, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+        bits = builder.bitcast(arguments[0], ir.IntType(32))
+        return builder.trunc(builder.lshr(bits, ir.Constant(ir.IntType(32), 16)), ir.IntType(16))
+
+    return numba.uint16(numba.float32), code
+
+
+@intrinsic
 def _fused(context, left, right, term):  # type: ignore[no-untyped-def]
     """left * right + term, rounded once."""
 
@@ -88,18 +102,27 @@ def _rounded(number):  # type: ignore[no-untyped-def]
     What is no number stays so: of such the lower bits are zeros.
     """
     bits = _bits(number)
-    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    half = np.uint32(0x8000) if bits & np.uint32(0x10000) else np.uint32(0x7FFF)
     return _float((bits + half) & np.uint32(0xFFFF0000))
 
 
-@_inlined
-def _write(out, place, number, shift):  # type: ignore[no-untyped-def]
-    """A number's bits, of which bfloat16 has no lower 16."""
-    out[place] = _bits(number) >> shift
+def _write(out: Any, place: Any, number: Any) -> None:
+    """A number into an array of float32, or of bfloat16's bits, which it is rounded to already."""
+
+
+@overload(_write, inline="always")
+def _(out, place, number):  # type: ignore[no-untyped-def]
+    def whole(out, place, number):  # type: ignore[no-untyped-def]
+        out[place] = number
+
+    def half(out, place, number):  # type: ignore[no-untyped-def]
+        out[place] = _upper(number)
+
+    return whole if out.dtype == numba.float32 else half
 
 
 @_parallel
-def _linear(out, shift, tensors, weights, divisor, fused):  # type: ignore[no-untyped-def]
+def _linear(out, tensors, weights, divisor, fused):  # type: ignore[no-untyped-def]
     size = len(out)
     for stretch in numba.prange((size + _STRETCH - 1) // _STRETCH):
         start, end = stretch * _STRETCH, min(size, (stretch + 1) * _STRETCH)
@@ -112,11 +135,11 @@ def _linear(out, shift, tensors, weights, divisor, fused):  # type: ignore[no-un
                     mixed += _number(tensors[index][n]) * weights[index]
             if divisor is not None:
                 mixed /= divisor
-            _write(out, n, _rounded(mixed), shift)
+            _write(out, n, _rounded(mixed))
 
 
 @_parallel
-def _task_arithmetic(out, shift, base, tensors, weights, first, divisor, scale):  # type: ignore[no-untyped-def]
+def _task_arithmetic(out, base, tensors, weights, first, divisor, scale):  # type: ignore[no-untyped-def]
     size = len(out)
     for stretch in numba.prange((size + _STRETCH - 1) // _STRETCH):
         start, end = stretch * _STRETCH, min(size, (stretch + 1) * _STRETCH)
@@ -131,12 +154,12 @@ def _task_arithmetic(out, shift, base, tensors, weights, first, divisor, scale):
                 mixed = _rounded(mixed / divisor)
             if scale is not None:
                 mixed = _rounded(mixed * scale)
-            _write(out, n, _rounded(mixed + origin), shift)
+            _write(out, n, _rounded(mixed + origin))
 
 
 @_parallel
 def _ties(  # type: ignore[no-untyped-def]
-    out, shift, base, tensors, weights, thresholds, equals, first, normalize, scale
+    out, base, tensors, weights, thresholds, equals, first, normalize, scale
 ):
     size, models = len(out), len(tensors)
     for stretch in numba.prange((size + _STRETCH - 1) // _STRETCH):
@@ -161,7 +184,7 @@ def _ties(  # type: ignore[no-untyped-def]
                 if normalize:
                     total = _rounded(totals[n])
                     change = _rounded(change / (total if total != 0 else np.float32(1)))
-                _write(block, n, _rounded(_rounded(change * scale) + _number(origin[n])), shift)
+                _write(block, n, _rounded(_rounded(change * scale) + _number(origin[n])))
 
 
 @_compiled
@@ -196,8 +219,8 @@ def _elect(mixed, totals, deltas, weights, first, count):  # type: ignore[no-unt
             totals[n] += weight if counts else _float(_bits(weight) & _SIGN)
 
 
-_SHIFTS = {torch.float32: np.uint32(0), torch.bfloat16: np.uint32(16)}
-"""Bits that a number of a type lacks."""
+_WRITTEN = torch.float32, torch.bfloat16
+"""Floating types of models that are merged into."""
 _MODELS = 16
 """PyTorch adds up so many rows one after another, and more in several sums."""
 
@@ -218,26 +241,23 @@ class _CompiledKernel(Kernel):
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
         if (
-            target.dtype not in _SHIFTS
+            target.dtype not in _WRITTEN
             or not target.is_contiguous()
             or len(self._tensors) > _MODELS
         ):
             super().merge(target, shared, own)  # type: ignore[safe-super]
             return
-        threads = torch.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        torch.set_num_threads(threads)  # which numba changes where it starts its own
-        self._run(*_out(target), shared, own)
+        _use_torch_threads()
+        self._run(_out(target), shared, own)
 
     @abstractmethod
     def _run(
         self,
         out: NDArray[Any],
-        shift: Any,
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        """As `merge`, the bits of the target [numbers], which are a float32's shifted to the right."""
+        """As `merge`, into the target [numbers], of bfloat16 its bits."""
 
 
 class CompiledLinearKernel(_CompiledKernel, LinearKernel):
@@ -246,13 +266,12 @@ class CompiledLinearKernel(_CompiledKernel, LinearKernel):
     def _run(
         self,
         out: NDArray[Any],
-        shift: Any,
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        weights = self._weights(own, torch.device("cpu"))
-        divisor = np.float32(weights.sum().item()) if shared["normalize"] else None
-        _linear(out, shift, self._inputs, weights.numpy(), divisor, _addcmul_is_fused())
+        weights, total = _float_weights(tuple(own[model]["weight"] for model in self._models))
+        divisor = total if shared["normalize"] else None
+        _linear(out, self._inputs, weights, divisor, _addcmul_is_fused())
 
 
 class CompiledTaskArithmeticKernel(_CompiledKernel, TaskArithmeticKernel):
@@ -265,7 +284,6 @@ class CompiledTaskArithmeticKernel(_CompiledKernel, TaskArithmeticKernel):
     def _run(
         self,
         out: NDArray[Any],
-        shift: Any,
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
@@ -274,7 +292,6 @@ class CompiledTaskArithmeticKernel(_CompiledKernel, TaskArithmeticKernel):
         scale = shared["lambda"]
         _task_arithmetic(
             out,
-            shift,
             self._origin,
             self._inputs,
             weights.float().numpy().ravel(),
@@ -290,7 +307,6 @@ class CompiledTiesKernel(CompiledTaskArithmeticKernel, TiesKernel):
     def _run(
         self,
         out: NDArray[Any],
-        shift: Any,
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
@@ -298,7 +314,6 @@ class CompiledTiesKernel(CompiledTaskArithmeticKernel, TiesKernel):
         none = np.empty(0, np.int32)
         _ties(
             out,
-            shift,
             self._origin,
             self._inputs,
             self._weights(own, torch.device("cpu")).float().numpy().ravel(),
@@ -325,11 +340,28 @@ def _addcmul_is_fused() -> bool:
     return bool((-number.square()).addcmul_(number, number).any())
 
 
-def _out(target: torch.Tensor) -> tuple[NDArray[Any], Any]:
-    """Its bits, and the shift that makes them of a float32's."""
+def _out(target: torch.Tensor) -> NDArray[Any]:
+    """What is written, [numbers]."""
     if target.dtype == torch.bfloat16:
-        return *_arrays([target.view(-1)]), _SHIFTS[target.dtype]
-    return target.view(-1).view(torch.int32).numpy().view(np.uint32), _SHIFTS[target.dtype]
+        return _arrays([target.view(-1)])[0]
+    written: NDArray[Any] = target.view(-1).numpy()
+    return written
+
+
+def _use_torch_threads() -> None:
+    threads = torch.get_num_threads()
+    wanted = min(threads, numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != wanted:
+        numba.set_num_threads(wanted)
+    if torch.get_num_threads() != threads:  # numba has just started its own
+        torch.set_num_threads(threads)
+
+
+@lru_cache(64)
+def _float_weights(weights: tuple[float, ...]) -> tuple[NDArray[Any], Any]:
+    """In float32, and their sum as PyTorch adds them up."""
+    column = torch.tensor(weights)
+    return column.numpy(), np.float32(column.sum().item())
 
 
 def _arrays(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[Any], ...]:

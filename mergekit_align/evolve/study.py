@@ -164,9 +164,10 @@ def read_study(where: str) -> tuple[Mapping[str, Any], list[Evaluation]]:
 def _storage(where: str, *, repair: bool = True) -> optuna.storages.BaseStorage:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-    from sqlalchemy.exc import SQLAlchemyError
 
     if "://" in where:
+        from sqlalchemy.exc import SQLAlchemyError
+
         try:
             return RDBStorage(where)
         except (SQLAlchemyError, ImportError) as error:

@@ -44,7 +44,7 @@ class CmaSearcher(Searcher):
     def __init__(
         self, space: Space, *, seed: int, sigma: float = 1 / 6, population: int | None = None
     ) -> None:
-        with warnings.catch_warnings(), _absent("scipy.stats", "matplotlib.pyplot"):
+        with warnings.catch_warnings(), _absent("scipy.stats", "matplotlib", "matplotlib.pyplot"):
             warnings.simplefilter("ignore")  # that it cannot plot
             import cma
 

@@ -9,6 +9,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_align.cli.common import InputErrorAsUsage
+from mergekit_align.process import importing
 
 if TYPE_CHECKING:
     from mergekit_align.cocktail import Cocktail
@@ -49,9 +50,10 @@ def main(
     which `mergekit-yaml` reads, and with OUT_PATH the merged model. Several GPUs:
     `accelerate launch -m mergekit_align.cli.cocktail ...`.
     """
-    from transformers.utils.logging import disable_progress_bar
+    with importing():
+        from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_align import cocktail as cocktails
+        from mergekit_align import cocktail as cocktails
 
     disable_progress_bar()
     merge_options.apply_global_options()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_align.cli.common import command
+from mergekit_align.process import importing
 
 if TYPE_CHECKING:
     from mergekit_align.demo.models import Architecture
@@ -36,10 +37,10 @@ def main(directory: str, seed: int, architecture: Architecture, scale: Scale, wr
 
     An interrupted build goes on where it stopped; a finished one is left alone.
     """
-    # Imported here, so that --help needs no torch.
-    from transformers.utils.logging import disable_progress_bar
+    with importing():  # here, so that --help needs no torch
+        from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_align.demo import build_world
+        from mergekit_align.demo import build_world
 
     disable_progress_bar()
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mergekit_align.cli.common import command
+from mergekit_align.process import importing
 
 
 @command("mergekit-align-evaluate")
@@ -108,12 +109,12 @@ def main(
     mergekit-align-evaluate aligned merged --data test.jsonl --guard meta-llama/Llama-Guard-3-8B
     mergekit-align-evaluate aligned merged --data test.jsonl --tasks arc_easy --limit 100
     """
-    # Imported here, so that --help needs no torch.
-    from lm_eval.utils import simple_parse_args_string
-    from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
+    with importing():  # here, so that --help needs no torch
+        from lm_eval.utils import simple_parse_args_string
+        from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_align.evaluate import evaluate, print_table
+        from mergekit_align.evaluate import evaluate, print_table
 
     disable_progress_bar()
     stem = str(Path(output).with_suffix("") if output.endswith((".json", ".md")) else output)

@@ -50,7 +50,7 @@ def main(
     `best_config.yml`, a plain mergekit config, is kept current; the study goes on after a kill with
     --resume. Ctrl-C finishes the candidate and saves. Exit status 3: no candidate kept the floors.
     """
-    with importing():
+    with importing():  # here, so that --help needs no torch
         from transformers.utils.logging import disable_progress_bar
 
         from mergekit_align.evolve import Evaluator, SearchError, read_config, search

@@ -7,6 +7,7 @@ import sys
 import click
 
 from mergekit_align.cli.common import command
+from mergekit_align.process import importing
 
 STAGES = ("questions", "answers", "judge", "select", "split", "save")
 TOO_FEW = 3
@@ -34,12 +35,12 @@ def main(
     fewer questions than asked for, and samples of those. Several GPUs: `accelerate launch -m
     mergekit_align.cli.generate ...`.
     """
-    # Imported here, so that --help needs no torch.
-    from accelerate import PartialState
-    from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
+    with importing():  # here, so that --help needs no torch
+        from accelerate import PartialState
+        from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_align.generate import generate, print_funnel, read_config
+        from mergekit_align.generate import generate, print_funnel, read_config
 
     disable_progress_bar()
     config = read_config(config_file, {"output": output} if output else None, trial=trial)

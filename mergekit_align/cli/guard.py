@@ -9,6 +9,7 @@ import click
 
 from mergekit_align.cli.common import command
 from mergekit_align.errors import InputError
+from mergekit_align.process import importing
 
 if TYPE_CHECKING:
     from mergekit_align.guard.run import Summary
@@ -81,14 +82,14 @@ def main(
     A row has `prompt` and `response`, or `messages`. A killed run goes on where it stopped when the
     same command is given again. Several GPUs: `accelerate launch -m mergekit_align.cli.guard ...`.
     """
-    # Imported here, so that --help needs no torch.
-    from lm_eval.utils import simple_parse_args_string
-    from pydantic import ValidationError
-    from transformers.utils.logging import disable_progress_bar
+    with importing():  # here, so that --help needs no torch
+        from lm_eval.utils import simple_parse_args_string
+        from pydantic import ValidationError
+        from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_align.guard import GuardSettings
-    from mergekit_align.guard.run import judge_file
-    from mergekit_align.yaml_files import input_error, read_yaml_mapping
+        from mergekit_align.guard import GuardSettings
+        from mergekit_align.guard.run import judge_file
+        from mergekit_align.yaml_files import input_error, read_yaml_mapping
 
     disable_progress_bar()
     try:

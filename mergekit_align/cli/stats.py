@@ -7,6 +7,7 @@ from typing import get_args
 import click
 
 from mergekit_align.cli.common import command
+from mergekit_align.process import importing
 
 
 @command("mergekit-align-stats")
@@ -65,14 +66,14 @@ def main(
     mergekit-align-stats expert --data train.jsonl --type task --out stats/expert
     mergekit-align-stats --merge regmean_plus.yml
     """
-    # Imported here, so that --help needs no torch.
-    from transformers.utils.logging import disable_progress_bar
+    with importing():  # here, so that --help needs no torch
+        from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_align.errors import InputError
-    from mergekit_align.samples import SampleType
-    from mergekit_align.statistics.collect import Source, collect_statistics
-    from mergekit_align.statistics.files import Kind
-    from mergekit_align.statistics.propagate import collect_propagated, read_merge
+        from mergekit_align.errors import InputError
+        from mergekit_align.samples import SampleType
+        from mergekit_align.statistics.collect import Source, collect_statistics
+        from mergekit_align.statistics.files import Kind
+        from mergekit_align.statistics.propagate import collect_propagated, read_merge
 
     disable_progress_bar()
 

@@ -9,10 +9,18 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
+_SELDOM_USED = "datasets", "peft", "requests"
+"""What lm-eval and mergekit import, for data from a hub and LoRA adapters: a second in all."""
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 
 
@@ -27,19 +35,42 @@ def set_up() -> None:
     atexit.register(gc.freeze)
 
 
+class _Deferred(ModuleType):
+    """Stands for a package, which is imported when something of it is used.
+
+    `importlib.util.LazyLoader`'s is as soon as anyone looks where its file is; torch looks at all.
+    """
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        super().__init__(spec.name)
+        self.__spec__, self.__file__ = spec, spec.origin
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
 @contextmanager
 def importing() -> Iterator[None]:
-    """No garbage is looked for among what is made here, now or later.
+    """What is imported here imports no package that is seldom used, until it uses it.
 
-    Importing torch and transformers makes a million objects that stay. To look through them takes a
-    quarter of the time that the imports take, and as long again at the end.
+    Nor is garbage looked for among what is made here, now or later. Importing torch and transformers
+    makes a million objects that stay; to look through them takes a quarter of the time that the
+    imports take, and as long again at the end.
     """
+    absent = [name for name in _SELDOM_USED if name not in sys.modules]
+    deferred = {name: _Deferred(spec) for name in absent if (spec := find_spec(name))}
+    sys.modules.update(deferred)
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+        for name, module in deferred.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
 
 
 def keep_memory() -> None:

@@ -164,6 +164,21 @@ def test_without_a_chat_template_the_task_still_scores(model, world) -> None:
     assert plain["logprob,none"] != chat["logprob,none"]
 
 
+def test_process_docs_is_given_a_dataset_of_the_samples(world, tmp_path) -> None:
+    (tmp_path / "helper.py").write_text(
+        "def last(docs):\n    return docs.select([len(docs) - 1])\n"
+    )
+    for name, more in (("mine", ""), ("mine_last", "process_docs: !function helper.last\n")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"include: {eval_tasks_path()}/responses/response_alignment.yaml\n"
+            f"task: {name}\ndata: {world}/data/validation.jsonl\n{more}"
+        )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    loaded = manager.load(["mine", "mine_last"])["tasks"]
+    assert list(loaded["mine_last"].eval_docs) == loaded["mine"].eval_docs[-1:]
+    assert loaded["mine_last"].features == loaded["mine"].features
+
+
 def test_too_long_a_prompt_is_cut_on_its_left_and_too_long_a_response_is_an_error(world) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     encoder = ResponseEncoder(tokenizer, max_length=16)

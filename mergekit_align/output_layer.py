@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mergekit_align.attention import short_attention
@@ -73,7 +74,7 @@ def _read(
 
     def run(model: PreTrainedModel) -> Any:
         kept = cache is not None
-        with nullcontext() if batch.ends is None else short_attention(model):
+        with nullcontext() if batch.ends is None else _tree(model, batch.places):
             mask = batch.mask(model)
             return run_model(
                 model, batch.ids, mask, batch.positions, keep=0, cache=cache, use_cache=kept
@@ -93,6 +94,47 @@ def _read(
         return logits.squeeze(0)
 
     return states, logits_of
+
+
+@contextmanager
+def _tree(model: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
+    """Have a model read trees: on a CPU by plain products, and no further than to `places`.
+
+    Of the last layer, what follows the attention is worked out there alone, of the rows joined end to
+    end; zeros stand for the rest, which nothing reads. Not where there are gradients: sums with zeros
+    left out round otherwise.
+    """
+    layers = () if torch.is_grad_enabled() else getattr(model, "layers", ())
+    last = layers[-1] if layers else None
+    attention = getattr(last, "self_attn", None)
+    modules = getattr(attention, "o_proj", None), getattr(last, "mlp", None)
+    hooks = [hook for each in modules if each is not None for hook in _restrict(each, places)]
+    try:
+        with short_attention(model):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _restrict(module: torch.nn.Module, places: torch.Tensor) -> list[RemovableHandle]:
+    """Have a module that works on each token by itself leave out all but those at `places`."""
+    rows = torch.Size()
+
+    def select(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal rows
+        states, *others = inputs
+        rows = states.shape[:2]
+        return (states.flatten(0, 1)[places.to(states.device)].unsqueeze(0), *others)
+
+    def put_back(_: Any, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # of experts, which say what they chose too
+            return (put_back(_, __, output[0]), *output[1:])
+        whole = output.new_zeros(rows.numel(), output.shape[-1])
+        whole[places.to(output.device)] = output.squeeze(0)
+        return whole.view(*rows, -1)
+
+    return [module.register_forward_pre_hook(select), module.register_forward_hook(put_back)]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_align import loss, output_layer, reading, trees
 from mergekit_align.demo.models import ARCHITECTURES, new_model
@@ -16,8 +16,9 @@ from mergekit_align.demo.tokenizer import build_tokenizer
 from mergekit_align.encoding import EncodedSample
 from mergekit_align.gradient import mean_loss, sample_loss
 from mergekit_align.guard import Conversation, Guard, GuardSettings, profiles, scorer
-from mergekit_align.loss import response_scores
+from mergekit_align.loss import ResponseReader, questions, response_scores
 from mergekit_align.openings import Openings
+from mergekit_align.output_layer import continuation_logprobs
 
 FAMILIES = [*ARCHITECTURES, "gemma3, capped"]
 OPENINGS = Openings(refusal=((5, 6), (7,)), help=((5, 8, 9), (5, 8, 10)))
@@ -78,6 +79,35 @@ def test_losses_and_decisions_are_the_same_in_pieces(
         assert one.tokens == other.tokens
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert one.decision_margin == pytest.approx(other.decision_margin, abs=1e-5)
+
+
+def of_experts(kind: str) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(
+        kind, vocab_size=300, num_hidden_layers=2, pad_token_id=0, **sizes, **heads, **experts
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "qwen3_moe", "gpt_oss"])
+def test_the_last_layer_goes_no_further_than_is_asked(family: str) -> None:
+    model = model_of(family) if family in FAMILIES else of_experts(family)
+    read = samples()
+    asked = questions(read, [OPENINGS] * len(read))
+    batch, *_ = ResponseReader(model, asked).batches
+    seen: list[int] = []
+    model.base_model.layers[-1].mlp.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel())
+    )
+    with torch.no_grad():
+        found = continuation_logprobs(model, batch)
+    whole = continuation_logprobs(model, batch)
+    expected = len(batch.places) if batch.ends is not None else batch.ids.numel()
+    assert seen == [expected, batch.ids.numel()]
+    torch.testing.assert_close(found, whole.detach(), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

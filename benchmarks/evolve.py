@@ -7,7 +7,8 @@
     python benchmarks/evolve.py racing demo-world          # candidates that stop early against exact
 
 `evaluations` runs examples/genomic.yml, `--limit` samples a task, with few and with many evaluations,
-so that the difference is evaluations alone; wall time, one candidate at a time on both sides. `merge`
+so that the difference is evaluations alone; wall time, medians of three runs, one candidate at a time
+on both sides. `merge`
 gives the time of a step that changes every weight and density, and that of copying the same bytes: wall
 time, but the processor's where there is one thread. Both run on a GPU if there is one. `gradient`
 compares the same fitness on the same samples, in processor time, and what is found on held-out ones;
@@ -88,12 +89,19 @@ def run(command: str, world: Path, evaluations: int, limit: int | None, **align:
 
 def evaluations(world: Path, limit: int | None) -> dict[str, Any]:
     few, found = 16, {}
-    for label, command, more, align in (
+    sides = (
         ("stock, on disk", "mergekit-evolve", 48, {"in_memory": False}),
-        ("ours", "mergekit-align-evolve", 96, {}),
-    ):
-        whole = run(command, world, few, limit, **align)
-        longer = run(command, world, few + more, limit, **align)
+        ("ours", "mergekit-align-evolve", 192, {}),
+    )
+    runs: dict[tuple[str, int], list[float]] = {}
+    for _ in range(3):  # in turn: a machine is not as fast from one minute to the next
+        for label, command, more, align in sides:
+            for count in (few, few + more):
+                runs.setdefault((label, count), []).append(
+                    run(command, world, count, limit, **align)
+                )
+    for label, _, more, _ in sides:
+        whole, longer = (statistics.median(runs[label, n]) for n in (few, few + more))
         found[label] = {f"whole run of {few}": whole, "evaluation": (longer - whole) / more}
     table = Table("seconds", *found, "times as fast")
     for key in found["ours"]:

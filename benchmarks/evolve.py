@@ -8,13 +8,12 @@
 
 `evaluations` runs examples/genomic.yml, `--limit` samples a task, with few and with many evaluations,
 so that the difference is evaluations alone; wall time, medians of three runs, one candidate at a time
-on both sides. `merge`
-gives the time of a step that changes every weight and density, and that of copying the same bytes: wall
-time, but the processor's where there is one thread. Both run on a GPU if there is one. `gradient`
-compares the same fitness on the same samples, in processor time, and what is found on held-out ones;
-several worlds are as many seeds. `racing` does so for CMA-ES on examples/genomic.yml, and gives both
-results' fitness on all samples, with the 95% interval of their difference, the samples being paired;
-a genome's file in place of the world is searched as it is.
+on both sides. `merge` gives the time of a step that changes every weight and density, and that of
+copying the same bytes: wall time, but the processor's where there is one thread. Both run on a GPU if
+there is one. `gradient` compares the same fitness on the same samples, in processor time, and what is
+found on held-out ones; several worlds are as many seeds. `racing` does so for CMA-ES on
+examples/genomic.yml, and gives both results' fitness on all samples, with the 95% interval of their
+difference, the samples being paired; a genome's file in place of the world is searched as it is.
 """
 
 from __future__ import annotations
@@ -88,8 +87,9 @@ def run(command: str, world: Path, evaluations: int, limit: int | None, **align:
 
 
 def evaluations(world: Path, limit: int | None) -> dict[str, Any]:
-    few, found = 16, {}
-    sides = (
+    few = 16
+    found: dict[str, Any] = {}
+    sides: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
         ("stock, on disk", "mergekit-evolve", 48, {"in_memory": False}),
         ("ours", "mergekit-align-evolve", 192, {}),
     )

@@ -1,5 +1,7 @@
 """What follows the texts of a batch of trees, of which a vocabulary of any size takes bounded memory.
 
+The output layer runs only where something is predicted, and so does the last layer after its attention.
+
 Logits [predictions, vocabulary] and their gradient can outgrow the model: 2,000 predictions over a
 vocabulary of 262,144 take 2 GiB in float32, and so does each copy of them. Where they would exceed
 `BATCH_LOGITS`, the output layer runs on a piece of the predictions at a time, and again in the backward

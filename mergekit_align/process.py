@@ -1,4 +1,4 @@
-"""How a process of one of our commands keeps memory and collects garbage.
+"""How a process of one of our commands imports, keeps memory and collects garbage.
 
 What these settings are worth is a matter of a program, not of a library: importing `mergekit_align`
 changes nothing.

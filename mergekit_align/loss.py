@@ -150,7 +150,7 @@ class ResponseReader:
         if self._preamble is None or self._preamble.ids != batch.shared:
             self._preamble = Preamble(self._model, batch.shared) if batch.shared else None
         cache = self._preamble.cache(len(batch.ids)) if self._preamble else None
-        logprobs = continuation_logprobs(self._model, batch, cache).cpu()
+        logprobs = continuation_logprobs(self._model, batch, cache, whole=False).cpu()
         values = logprobs.tolist()
         scores: dict[int, ResponseScore] = {}
         decided: dict[Openings, list[tuple[int, int]]] = {}

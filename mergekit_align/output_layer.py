@@ -1,6 +1,6 @@
 """What follows the texts of a batch of trees, of which a vocabulary of any size takes bounded memory.
 
-The output layer runs only where something is predicted, and so does the last layer after its attention.
+The output layer runs only where something is predicted, and so may the last layer after its attention.
 
 Logits [predictions, vocabulary] and their gradient can outgrow the model: 2,000 predictions over a
 vocabulary of 262,144 take 2 GiB in float32, and so does each copy of them. Where they would exceed
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def continuation_logprobs(
-    model: PreTrainedModel, batch: TreeBatch, cache: Any = None
+    model: PreTrainedModel, batch: TreeBatch, cache: Any = None, *, whole: bool = True
 ) -> torch.Tensor:
     """Log-probability (nats) of each continuation of a batch's queries, [continuations].
 
@@ -35,8 +35,10 @@ def continuation_logprobs(
 
     Args:
         cache: keys and values of what the batch's prompts share, for each row.
+        whole: whether all tokens go through all of the model, as who watches its layers expects; the
+            last layer else leaves out those where nothing is predicted.
     """
-    states, logits_of = _read(model, batch, cache)
+    states, logits_of = _read(model, batch, cache, whole=whole)
 
     def piece(states: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logprobs = logits_of(states).float().log_softmax(1)
@@ -70,13 +72,17 @@ def next_logprobs(model: PreTrainedModel, batch: TreeBatch, cache: Any = None) -
 
 
 def _read(
-    model: PreTrainedModel, batch: TreeBatch, cache: Any
+    model: PreTrainedModel, batch: TreeBatch, cache: Any, *, whole: bool = True
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """States of a batch's predictions [predictions, width], and what gives the logits of some."""
 
     def run(model: PreTrainedModel) -> Any:
         kept = cache is not None
-        with nullcontext() if batch.ends is None else _tree(model, batch.places):
+        trees = batch.ends is not None
+        with (
+            short_attention(model) if trees else nullcontext(),
+            nullcontext() if whole or not trees else _last_layer_at(model, batch.places),
+        ):
             mask = batch.mask(model)
             return run_model(
                 model, batch.ids, mask, batch.positions, keep=0, cache=cache, use_cache=kept
@@ -99,21 +105,18 @@ def _read(
 
 
 @contextmanager
-def _tree(model: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
-    """Have a model read trees: on a CPU by plain products, and no further than to `places`.
+def _last_layer_at(model: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
+    """Have what follows the last layer's attention run on some places alone, of rows joined end to end.
 
-    Of the last layer, what follows the attention is worked out there alone, of the rows joined end to
-    end; zeros stand for the rest, which nothing reads. Not where there are gradients: sums with zeros
-    left out round otherwise.
+    Zeros stand for the rest, which nothing reads.
     """
-    layers = () if torch.is_grad_enabled() else getattr(model, "layers", ())
+    layers = getattr(model, "layers", ())
     last = layers[-1] if layers else None
     attention = getattr(last, "self_attn", None)
     modules = getattr(attention, "o_proj", None), getattr(last, "mlp", None)
     hooks = [hook for each in modules if each is not None for hook in _restrict(each, places)]
     try:
-        with short_attention(model):
-            yield
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,7 +11,7 @@ pass, which costs one more product with it and holds no logits between the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -78,11 +78,11 @@ def _read(
 
     def run(model: PreTrainedModel) -> Any:
         kept = cache is not None
-        trees = batch.ends is not None
-        with (
-            short_attention(model) if trees else nullcontext(),
-            nullcontext() if whole or not trees else _last_layer_at(model, batch.places),
-        ):
+        with ExitStack() as reading:
+            if batch.ends is not None:
+                reading.enter_context(short_attention(model))
+                if not whole:
+                    reading.enter_context(_last_layer_at(model, batch.places))
             mask = batch.mask(model)
             return run_model(
                 model, batch.ids, mask, batch.positions, keep=0, cache=cache, use_cache=kept

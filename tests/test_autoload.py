@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import statistics
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from interpreter import python
 
 STOCK_COMMANDS = sorted(
     script.name
@@ -20,17 +20,6 @@ STOCK_COMMANDS = sorted(
     if script.value.startswith("mergekit.")
 )
 OURS = "print(sorted(name for name in sys.modules if name.startswith('mergekit_align')))"
-
-
-def python(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=True,
-    )
-    return result.stdout.strip()
 
 
 def test_there_are_stock_commands_to_test() -> None:

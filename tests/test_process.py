@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
-
-
-def python(*code: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, check=True
-    )
-    return result.stdout.strip()
+from interpreter import python
 
 
 def test_a_search_imports_no_package_that_it_does_not_use() -> None:
     printed = python(
-        "import sys",
         "from mergekit_align.process import importing",
         "with importing(): import mergekit_align.evolve",
         "print([name in sys.modules for name in ('torch', 'pandas', 'peft', 'requests')])",
@@ -35,7 +25,6 @@ def test_a_search_imports_no_package_that_it_does_not_use() -> None:
 )
 def test_a_package_is_imported_when_it_is_used(use: str) -> None:
     printed = python(
-        "import sys",
         "from mergekit_align.process import importing",
         "with importing(): import mergekit.common",
         "print('peft' in sys.modules)",
@@ -48,7 +37,7 @@ def test_a_package_is_imported_when_it_is_used(use: str) -> None:
 
 def test_a_package_may_be_used_at_once_and_be_there_already() -> None:
     printed = python(
-        "import sys, requests",
+        "import requests",
         "from mergekit_align.process import importing",
         "with importing():",
         "    import datasets, requests as again",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numba
@@ -269,9 +269,9 @@ class CompiledLinearKernel(_CompiledKernel, LinearKernel):
         shared: Mapping[str, Any],
         own: Mapping[ModelReference, Mapping[str, Any]],
     ) -> None:
-        weights, total = _float_weights(tuple(own[model]["weight"] for model in self._models))
-        divisor = total if shared["normalize"] else None
-        _linear(out, self._inputs, weights, divisor, _addcmul_is_fused())
+        weights = self._weights(own, torch.device("cpu"))
+        divisor = np.float32(weights.sum().item()) if shared["normalize"] else None
+        _linear(out, self._inputs, weights.numpy(), divisor, _addcmul_is_fused())
 
 
 class CompiledTaskArithmeticKernel(_CompiledKernel, TaskArithmeticKernel):
@@ -355,13 +355,6 @@ def _use_torch_threads() -> None:
         numba.set_num_threads(wanted)
     if torch.get_num_threads() != threads:  # numba has just started its own
         torch.set_num_threads(threads)
-
-
-@lru_cache(64)
-def _float_weights(weights: tuple[float, ...]) -> tuple[NDArray[Any], Any]:
-    """In float32, and their sum as PyTorch adds them up."""
-    column = torch.tensor(weights)
-    return column.numpy(), np.float32(column.sum().item())
 
 
 def _arrays(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[Any], ...]:

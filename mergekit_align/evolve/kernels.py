@@ -105,7 +105,9 @@ class LinearKernel(Kernel):
     def _weights(
         self, own: Mapping[ModelReference, Mapping[str, Any]], device: torch.device
     ) -> torch.Tensor:
-        return torch.tensor([own[model]["weight"] for model in self._models], device=device)
+        """[models]"""
+        numbers = tuple(own[model]["weight"] for model in self._models)
+        return _tensor(numbers, torch.float32, device)
 
 
 class TaskArithmeticKernel(Kernel):
@@ -164,7 +166,8 @@ class TaskArithmeticKernel(Kernel):
         self, own: Mapping[ModelReference, Mapping[str, Any]], device: torch.device
     ) -> torch.Tensor:
         """[models, 1]"""
-        return _column(tuple(own[model]["weight"] for model in self._models), device)
+        numbers = tuple(own[model]["weight"] for model in self._models)
+        return _tensor(numbers, torch.bfloat16, device).unsqueeze(1)
 
     def _select(
         self, own: Mapping[ModelReference, Mapping[str, Any]]
@@ -281,8 +284,8 @@ def kernel_for(
 
 
 @lru_cache(64)
-def _column(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.bfloat16, device=device).unsqueeze(1)
+def _tensor(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _sum(rows: torch.Tensor) -> torch.Tensor:

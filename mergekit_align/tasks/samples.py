@@ -79,12 +79,12 @@ class SampleTask(ConfigurableTask):  # type: ignore[misc]
         if not self.every_sample:
             super().download(*args, **kwargs)
             return
-        documents = _Documents(sample.model_dump(exclude={"type"}) for sample in self.samples)
-        self.dataset = {"test": documents}
+        documents: Any = _Documents(each.model_dump(exclude={"type"}) for each in self.samples)
         if self.config.process_docs is not None:  # which may use all that a dataset has
             import datasets
 
-            self.dataset = {"test": datasets.Dataset.from_list(documents)}
+            documents = datasets.Dataset.from_list(documents)
+        self.dataset = {"test": documents}
 
 
 def _data_path(data: Any, metadata: Mapping[str, Any], where: str) -> Path:

@@ -25,6 +25,9 @@ from mergekit_align.reading import BATCH_LOGITS, run_model, vocabulary_size
 if TYPE_CHECKING:
     from mergekit_align.trees import TreeBatch
 
+CACHED_LOGITS = 2**18
+"""Logits that the cache of a processor's core holds in float32."""
+
 
 def continuation_logprobs(
     model: PreTrainedModel, batch: TreeBatch, cache: Any = None, *, whole: bool = True
@@ -39,24 +42,53 @@ def continuation_logprobs(
             last layer else leaves out those where nothing is predicted.
     """
     states, logits_of = _read(model, batch, cache, whole=whole)
+    asked, order = batch.asked.sort(stable=True)
 
     def piece(states: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        logprobs = logits_of(states).float().log_softmax(1)
+        logits = logits_of(states)
         # A model that is spread over devices has its output layer on one of them.
-        chosen = logprobs[asked.to(logprobs.device), tokens.to(logprobs.device)]
-        return chosen.to(tokens.device)
+        own = asked.to(logits.device), tokens.to(logits.device)
+        found = [
+            rows.float().log_softmax(1)[row, token]
+            for rows, row, token in _pieces(logits, *own, _cached_rows(logits))
+        ]
+        return torch.cat(found).to(tokens.device)
 
     size = max(1, BATCH_LOGITS // vocabulary_size(model))
-    if len(states) <= size:
-        found = piece(states, batch.asked, batch.tokens)
+    pieces = list(_pieces(states, asked, batch.tokens[order], size))
+    if len(pieces) == 1:
+        found = piece(*pieces[0])
     else:
-        found = states.new_zeros(len(batch.asked), dtype=torch.float32)
-        for n, own in enumerate(torch.split(states, size)):
-            (asked,) = torch.where(batch.asked // size == n)
-            arguments = own, batch.asked[asked] - n * size, batch.tokens[asked]
-            values = checkpoint(piece, *arguments, use_reentrant=False, preserve_rng_state=False)
-            found = found.index_add(0, asked, values)
-    return found.new_zeros(batch.continuations).index_add(0, batch.owners, found)
+        found = torch.cat(
+            [
+                checkpoint(piece, *each, use_reentrant=False, preserve_rng_state=False)
+                for each in pieces
+            ]
+        )
+    return found.new_zeros(batch.continuations).index_add(0, batch.owners[order], found)
+
+
+def _pieces(
+    rows: torch.Tensor, asked: torch.Tensor, tokens: torch.Tensor, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """`size` rows at a time, with what is asked of them.
+
+    Args:
+        asked: the row in which each of `tokens` is looked up, in ascending order.
+    """
+    firsts = torch.arange(0, len(rows), size, device=asked.device)
+    places = torch.searchsorted(asked, firsts).tolist()
+    for first, part, start, end in zip(
+        firsts.tolist(), torch.split(rows, size), places, [*places[1:], len(asked)], strict=True
+    ):
+        yield part, asked[start:end] - first, tokens[start:end]
+
+
+def _cached_rows(logits: torch.Tensor) -> int:
+    """Rows of `logits` that are worked on at a time, so that on a CPU they stay in its caches."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(1, torch.get_num_threads() * CACHED_LOGITS // logits.shape[1])
 
 
 def next_logprobs(model: PreTrainedModel, batch: TreeBatch, cache: Any = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_align import loss, output_layer, reading, trees
@@ -16,7 +17,7 @@ from mergekit_align.demo.tokenizer import build_tokenizer
 from mergekit_align.encoding import EncodedSample
 from mergekit_align.gradient import mean_loss, sample_loss
 from mergekit_align.guard import Conversation, Guard, GuardSettings, profiles, scorer
-from mergekit_align.loss import ResponseReader, questions, response_scores
+from mergekit_align.loss import ResponseReader, ResponseScore, questions, response_scores
 from mergekit_align.openings import Openings
 from mergekit_align.output_layer import continuation_logprobs
 
@@ -79,6 +80,34 @@ def test_losses_and_decisions_are_the_same_in_pieces(
         assert one.tokens == other.tokens
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert one.decision_margin == pytest.approx(other.decision_margin, abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_scores_are_the_same_to_the_bit_in_parts_that_caches_hold(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = model_of("llama"), samples()
+    largest: list[int] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function is torch.Tensor.log_softmax:
+                largest.append(len(args[0]))
+            return function(*args, **(kwargs or {}))
+
+    def scores() -> list[ResponseScore]:
+        with Watch():
+            return response_scores(model, read, openings=[OPENINGS] * len(read))
+
+    whole = scores()
+    assert max(largest) > 3
+    largest.clear()
+    threads, vocabulary = torch.get_num_threads(), reading.vocabulary_size(model)
+    monkeypatch.setattr(output_layer, "CACHED_LOGITS", -(-rows * vocabulary // threads))
+    assert scores() == whole
+    assert max(largest) == rows
 
 
 def of_experts(kind: str) -> PreTrainedModel:

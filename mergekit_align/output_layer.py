@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from mergekit_align.attention import short_attention
+from mergekit_align.attention import block_attention
 from mergekit_align.reading import BATCH_LOGITS, run_model, vocabulary_size
 
 if TYPE_CHECKING:
@@ -111,11 +111,12 @@ def _read(
     def run(model: PreTrainedModel) -> Any:
         kept = cache is not None
         with ExitStack() as reading:
-            if batch.ends is not None:
-                reading.enter_context(short_attention(model))
-                if not whole:
-                    reading.enter_context(_last_layer_at(model, batch.places))
-            mask = batch.mask(model)
+            if batch.ends is not None and not whole:
+                reading.enter_context(_last_layer_at(model, batch.places))
+            if batch.blocks is not None:
+                mask = reading.enter_context(block_attention(model, batch.blocks))
+            else:
+                mask = batch.mask(model)
             return run_model(
                 model, batch.ids, mask, batch.positions, keep=0, cache=cache, use_cache=kept
             )

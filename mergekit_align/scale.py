@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mergekit_align.attention import MOST_SCORES
+from mergekit_align.attention import BLOCK, MOST_SCORES
 from mergekit_align.gradient import BATCH_TOKENS as GRADIENT_TOKENS
 from mergekit_align.guard.scorer import BATCH_TOKENS as GUARD_TOKENS
 from mergekit_align.loss import BATCH_TOKENS as LOSS_TOKENS
@@ -205,19 +205,26 @@ def loss(shape: Shape, work: Work, machine: Machine) -> Step:
     # Written by the output layer, read and written by the softmax, read where a token is chosen.
     traffic = tokens * shape.element_wise * machine.itemsize + 4 * FLOAT32 * logits
     # The states, the feed-forward layer's inner ones, and where attention is by products its scores.
-    taken = tokens * (3 * shape.hidden + 3 * shape.inner) * machine.itemsize
-    taken += 2 * _scores(shape, machine, tokens, length) * machine.itemsize
-    taken += min(logits, BATCH_LOGITS) * (2 * FLOAT32 + _copied(machine))
+    taken: float = tokens * (3 * shape.hidden + 3 * shape.inner) * machine.itemsize
+    taken += 2 * min(_scores(shape, machine, tokens, length), MOST_SCORES) * machine.itemsize
+    # On a CPU the softmax is taken of as many at a time as its caches hold.
+    logit = machine.itemsize if machine.cpu else 2 * FLOAT32 + _copied(machine)
+    taken += min(logits, BATCH_LOGITS) * logit
     products = shape.products(tokens, texts * work.response)
-    batch = _seconds(shape, machine, products, shape.attended(tokens, length), traffic, taken)
+    attended = shape.attended(tokens, _context(machine, length))
+    batch = _seconds(shape, machine, products, attended, traffic, taken)
     held = shape.parameters * machine.itemsize + taken
     return _step("loss", batch * work.samples / texts, held, machine)
 
 
-def _scores(shape: Shape, machine: Machine, tokens: int, length: int) -> int:
+def _context(machine: Machine, length: float) -> float:
+    """Tokens that each is looked up in: on a CPU by blocks, what comes before its own and that."""
+    return length / 2 + BLOCK if machine.cpu else length
+
+
+def _scores(shape: Shape, machine: Machine, tokens: int, length: int) -> float:
     """Of attention in one layer, where they are held."""
-    scores = tokens * length * shape.heads
-    return scores if machine.cpu and scores <= MOST_SCORES else 0
+    return tokens * _context(machine, length) * shape.heads if machine.cpu else 0
 
 
 def merge_step(shape: Shape, work: Work, machine: Machine) -> Step:
@@ -268,13 +275,16 @@ def gradient(shape: Shape, work: Work, machine: Machine) -> Step:
     # Gradients of the parameters are read and written once a batch.
     traffic += 2 * shape.parameters * machine.itemsize
     # A backward pass has a tensor's gradient beside their sum; the largest is the embedding's.
-    taken = 2 * shape.largest * machine.itemsize + tokens * shape.saved * machine.itemsize
-    taken += shape.layers * _scores(shape, machine, tokens, length) * machine.itemsize
+    taken: float = 2 * shape.largest * machine.itemsize
+    taken += tokens * shape.saved * machine.itemsize
+    scores = _scores(shape, machine, tokens, length)
+    if scores <= MOST_SCORES:  # else they are made again
+        taken += shape.layers * scores * machine.itemsize
     # Of the logits, their softmax and their gradient the last two are there at once, and while the
     # gradient of the output layer is summed up, neither.
     taken += max(0, min(logits, BATCH_LOGITS) * 3 * FLOAT32 - 2 * shape.largest * machine.itemsize)
     products = 3 * shape.products(tokens, predicted) + again
-    attended = 3 * shape.attended(tokens, length)
+    attended = 3 * shape.attended(tokens, _context(machine, length))
     batch = _seconds(shape, machine, products, attended, traffic, taken, reads=2)
     held = 2 * shape.parameters * machine.itemsize + taken
     return _step("gradient", batch * work.samples / texts, held, machine)

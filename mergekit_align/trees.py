@@ -4,7 +4,9 @@ A tree is one row of a batch: the tokens of all its texts, each once, in the ord
 follows one text to its end before the next. A token has the position that it has in its text, and sees
 only the tokens that lead to it (tree attention: Miao et al. 2024, SpecInfer, arXiv 2305.09781). So
 prompts that begin alike share that, a prompt's responses and openings share the prompt, and all is one
-forward pass. What all prompts of a batch begin with, where it is long, is a `reading.Preamble`.
+forward pass. By `attention`'s blocks a tree is all of a batch, and nothing is read twice or padded.
+Where each token is looked up in the whole row, rows are short; what all prompts of a batch begin with,
+where it is long, is a `reading.Preamble` then.
 
 A model whose layers see more than a mask of attention (recurrent ones, windows shorter than the
 texts) reads each text as a row of its own.
@@ -24,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
+from mergekit_align.attention import Blocks, reads_blocks
 from mergekit_align.reading import MIN_SHARED, may_share
 from mergekit_align.token_ids import TokenIds, common_length, longest
 
@@ -62,6 +65,15 @@ class Budget(NamedTuple):
     predictions: int | None = None
     """Places at which the vocabulary's logits are wanted."""
     rows: int | None = None
+    """Of trees; of a tree of all, its queries."""
+
+    def holds(self, tokens: int, predictions: int, rows: int) -> bool:
+        """Whether a batch of so many keeps to it."""
+        return (
+            tokens <= self.tokens
+            and (self.predictions is None or predictions <= self.predictions)
+            and (self.rows is None or rows <= self.rows)
+        )
 
 
 class TreeBatch(NamedTuple):
@@ -79,6 +91,8 @@ class TreeBatch(NamedTuple):
     """1 for what is read, 0 for padding, [rows, tokens]."""
     ends: torch.Tensor | None
     """The last place of the row that sees a token [rows, tokens]; `None` where each row is one text."""
+    blocks: Blocks | None
+    """How the one row is read, where it is by `attention`'s blocks."""
     places: torch.Tensor
     """Where something is predicted, in the rows joined end to end, [predictions]."""
     asked: torch.Tensor
@@ -146,11 +160,20 @@ def plan_batches(
         plain = [_plain(index, query) for index, query in enumerate(queries)]
         yield from _batches(queries, plain, [], budget, model.device, trees=False)
         return
+    if reads_blocks(model):
+        for tree in _trees(queries, _in_order(queries), 0, budget):
+            yield _tensors(queries, [tree], [], model.device, trees=True, blocks=True)
+        return
     for shared, members in _beginnings(queries):
         known, trees = shared, _trees(queries, members, len(shared))
         if len(trees) == 1:  # it shares that anyhow
             known, trees = [], _trees(queries, members, 0)
         yield from _batches(queries, trees, known, budget, model.device, trees=True)
+
+
+def _in_order(queries: Sequence[Query]) -> list[int]:
+    """Places of queries, in the order of their prompts' token ids."""
+    return sorted(range(len(queries)), key=lambda index: list(queries[index].prompt))
 
 
 def _beginnings(queries: Sequence[Query]) -> list[tuple[list[int], list[int]]]:
@@ -161,7 +184,7 @@ def _beginnings(queries: Sequence[Query]) -> list[tuple[list[int], list[int]]]:
     """
     prompts = [list(query.prompt) for query in queries]
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+    for index in _in_order(queries):
         groups.setdefault(tuple(prompts[index][:MIN_SHARED]), []).append(index)
     shared: list[tuple[list[int], list[int]]] = []
     alone: list[int] = []
@@ -278,18 +301,30 @@ class _Bundle(NamedTuple):
         return len(set(self.asked))
 
 
-def _trees(queries: Sequence[Query], members: Sequence[int], known: int) -> list[_Bundle]:
-    """Rows of the trees of some queries, in their prompts' order, without the first `known` tokens."""
+def _trees(
+    queries: Sequence[Query], members: Sequence[int], known: int, budget: Budget | None = None
+) -> list[_Bundle]:
+    """Rows of the trees of some queries, in their prompts' order, without the first `known` tokens.
+
+    Args:
+        budget: of one row; by default it is short.
+    """
     bundles: list[_Bundle] = []
-    row = _Row(known)
+    row, predictions = _Row(known), 0
     for index in members:
         query = queries[index]
-        size = len(query.tree.ids) - known
-        room = max(TREE_TOKENS, size * 3 // 2) - size
+        size, own = len(query.tree.ids) - known, len(set(query.tree.asked))
         same = row.shares(query.tree)
-        if not bundles or len(row.ids) - (min(same, len(query.prompt)) - known) > room:
-            row, same = _Row(known), known
+        tokens = len(row.ids) + size - (min(same, len(query.prompt)) - known)
+        if budget is None:
+            fits = tokens <= max(TREE_TOKENS, size * 3 // 2)
+        else:
+            together = len(bundles[-1].queries) + 1 if bundles else 1
+            fits = budget.holds(tokens, predictions + own, together)
+        if not bundles or not fits:
+            row, same, predictions = _Row(known), known, 0
             bundles.append(_Bundle([row], [], []))
+        predictions += own
         bundles[-1].queries.append(index)
         bundles[-1].asked.extend(row.add(query.tree, same))
     return bundles
@@ -330,11 +365,9 @@ class _Size(NamedTuple):
     def fits(self, budget: Budget, known: int, device: torch.device) -> bool:
         padded, small = self.rows * self.width, SMALL_BATCH.get(device.type, budget.tokens)
         return (
-            padded <= budget.tokens
+            budget.holds(padded, self.predictions, self.rows)
             and (padded <= small or padded - self.read <= MOST_PADDING * padded)
             and self.rows * known <= MOST_KNOWN * budget.tokens
-            and (budget.predictions is None or self.predictions <= budget.predictions)
-            and (budget.rows is None or self.rows <= budget.rows)
         )
 
 
@@ -367,6 +400,7 @@ def _tensors(
     device: torch.device,
     *,
     trees: bool,
+    blocks: bool = False,
 ) -> TreeBatch:
     rows = [row for bundle in bundles for row in bundle.rows]
     lengths = np.array([len(row.ids) for row in rows])
@@ -398,6 +432,7 @@ def _tensors(
         tensor(positions),
         tensor(read.astype(np.int64)),
         tensor(ends) if trees else None,
+        Blocks.of(ends[0]) if blocks else None,
         tensor(places),
         tensor(asked),
         tensor(tokens),

@@ -181,8 +181,12 @@ def test_losses_are_each_samples_own(family: str) -> None:
         assert score.decision_margin == pytest.approx(alone.decision_margin, abs=1e-4)
 
 
+@pytest.mark.parametrize("by_blocks", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_each_sample(family: str) -> None:
+def test_gradients_are_those_of_each_sample(
+    family: str, by_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees, "reads_blocks", lambda _: by_blocks)
     model, read = model_of(family), samples_with_a_beginning()
     seen: list[int] = []
     model.get_input_embeddings().register_forward_hook(
@@ -195,7 +199,10 @@ def test_gradients_are_those_of_each_sample(family: str) -> None:
     seen.clear()
     assert mean_loss(model, read).accumulate() == pytest.approx(sum(alone) / len(read), abs=1e-5)
     # What prompts share is read once, but for a window that would count their padding.
-    assert seen.count(70) == (family != "mistral")
+    assert seen.count(70) == (family != "mistral" and not by_blocks)
+    if by_blocks and family != "mistral":
+        (tokens,) = seen
+        assert tokens <= 70 + sum(len(p) - 70 + len(r) - 1 for p, r in read)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-3)
 
@@ -228,8 +235,7 @@ def test_a_guard_reads_as_many_prompts_as_logits_allow(
 
 def test_batches_of_losses_keep_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
-    monkeypatch.setattr(trees, "TREE_TOKENS", 1)
     monkeypatch.setattr(loss, "BATCH_LOGITS", 40 * reading.vocabulary_size(model))
     batches = loss.ResponseReader(model, loss.questions(samples())).batches
     # A tree alone may have more, which are predicted in pieces.
-    assert sorted(len(batch.places) for batch in batches) == [12 + 20, 1 + 71]
+    assert sorted(len(batch.places) for batch in batches) == [12, 1 + 20, 71]

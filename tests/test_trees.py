@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from test_output_layer import FAMILIES, OPENINGS, model_of
 from transformers import PreTrainedModel
 
-from mergekit_align import output_layer, trees
+from mergekit_align import trees
+from mergekit_align.attention import BLOCK, Blocks
 from mergekit_align.demo.models import ARCHITECTURES
 from mergekit_align.encoding import EncodedSample
 from mergekit_align.loss import ResponseReader, questions, response_scores
@@ -35,27 +35,45 @@ def llama() -> PreTrainedModel:
     return model_of("llama")
 
 
+def seen_in_blocks(row: Blocks, place: int) -> torch.Tensor:
+    """Whether each token of a row is seen by that at `place`, [tokens]."""
+    block = int(row.order[place // BLOCK])
+    for group in row.groups:
+        if block < len(group.blocks):
+            break
+        block -= len(group.blocks)
+    keys = group.keys[block][group.seen[block, place % BLOCK]].tolist()
+    assert len(set(keys)) == len(keys)
+    seen = torch.zeros(len(row.ends), dtype=torch.bool)
+    seen[keys] = True
+    return seen
+
+
 def read_before(batch: TreeBatch, place: int, mask: torch.Tensor) -> list[int]:
     """What a token sees, itself last, by the order of its position; each position once."""
     row, column = divmod(place, batch.ids.shape[1])
     if batch.ends is None:
         assert batch.read[row, : column + 1].all()
         return batch.ids[row, : column + 1].tolist()
-    seen = mask[row, 0, column, len(batch.shared) :]
-    assert mask[row, 0, column, : len(batch.shared)].all()
+    if batch.blocks is not None:
+        seen = seen_in_blocks(batch.blocks, place)
+    else:
+        seen = mask[row, 0, column, len(batch.shared) :]
+        assert mask[row, 0, column, : len(batch.shared)].all()
     positions = batch.positions[row, seen].tolist()
     assert positions == list(range(len(batch.shared), len(batch.shared) + len(positions)))
     assert seen[column]
     return [*batch.shared, *batch.ids[row, seen].tolist()]
 
 
-@given(queries, st.integers(1, 60), st.booleans())
+@given(queries, st.integers(1, 200), st.sampled_from(["blocks", "rows", "texts"]))
 def test_every_token_is_asked_for_after_all_that_is_before_it(
-    llama: PreTrainedModel, asked: list[Query], tokens: int, as_trees: bool
+    llama: PreTrainedModel, asked: list[Query], tokens: int, layout: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees, "TREE_TOKENS", 30)
-        if not as_trees:
+        patch.setattr(trees, "reads_blocks", lambda _: layout == "blocks")
+        if layout == "texts":
             patch.setattr(trees, "reads_trees", lambda *_: False)
         batches = list(plan_batches(llama, asked, Budget(tokens)))
     assert sorted(n for batch in batches for n in batch.queries) == list(range(len(asked)))
@@ -76,13 +94,18 @@ def test_every_token_is_asked_for_after_all_that_is_before_it(
         assert batch.lengths.tolist() == [len(each) for each in expected]
 
 
-@given(queries)
-def test_a_batch_keeps_to_its_budget(llama: PreTrainedModel, asked: list[Query]) -> None:
+@given(queries, st.booleans())
+def test_a_batch_keeps_to_its_budget(
+    llama: PreTrainedModel, asked: list[Query], by_blocks: bool
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees, "TREE_TOKENS", 15)
+        patch.setattr(trees, "reads_blocks", lambda _: by_blocks)
         for batch in plan_batches(llama, asked, Budget(40, predictions=6, rows=3)):
             rows, width = batch.ids.shape
-            assert rows == 1 or (rows <= 3 and rows * width <= 40 and len(batch.places) <= 6)
+            alone = len(batch.queries) == 1 if by_blocks else rows == 1
+            together = len(batch.queries) if by_blocks else rows
+            assert alone or (together <= 3 and rows * width <= 40 and len(batch.places) <= 6)
 
 
 def test_what_texts_share_is_read_once(llama: PreTrainedModel) -> None:
@@ -94,9 +117,14 @@ def test_what_texts_share_is_read_once(llama: PreTrainedModel) -> None:
     assert len(batch.asked) == 5 * 7
 
 
-def test_what_all_texts_of_several_trees_begin_with_is_read_once(llama: PreTrainedModel) -> None:
+def test_what_all_texts_of_several_trees_begin_with_is_read_once(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     beginning = [5] * 30
     asked = [Query([*beginning, 6 + n, *range(6, 56)], [[n]]) for n in range(8)]
+    (batch,) = plan_batches(llama, asked, Budget(1000))
+    assert batch.ids.shape == (1, 30 + 8 * 51)
+    monkeypatch.setattr(trees, "reads_blocks", lambda _: False)
     (batch,) = plan_batches(llama, asked, Budget(1000))
     assert batch.shared == beginning
     assert batch.ids.shape == (8, 51)
@@ -124,14 +152,14 @@ def test_models_that_a_mask_does_not_govern_read_texts(llama: PreTrainedModel) -
     assert trees.reads_trees(llama, 10)
 
 
-@pytest.mark.parametrize("implementation", ["products", "sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["blocks", "sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tree_gives_what_the_texts_give(
     family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(family)
     if implementation == "sdpa":
-        monkeypatch.setattr(output_layer, "short_attention", lambda _: nullcontext())
+        monkeypatch.setattr(trees, "reads_blocks", lambda _: False)
     elif implementation == "eager":
         model.set_attn_implementation("eager")
     rng = random.Random(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -130,3 +131,15 @@ def test_the_start_comes_first() -> None:
     for name in (*BY_GRADIENT, "nsga2", "tpe", "random"):
         ((x, _),) = run(make(name), 1)
         assert x.tolist() == [1.0, 0.5, 1.0]
+
+
+def test_a_line_search_ends_where_rounding_hides_what_it_looks_for() -> None:
+    searcher, generator = make("gradient"), np.random.default_rng(0)
+    asked = []
+    while len(asked) < 30 and (x := searcher.ask()) is not None:
+        asked.append(x)
+        (value,), _, (slope,) = outcome(x)
+        noise = 1 + 0.1 * generator.normal(size=3)
+        searcher.tell(x, Outcome((round(value, 2),), (), np.array([slope * noise])))
+    assert max(outcome(x).values[0] for x in asked) > -0.01
+    assert all(np.linalg.norm(one - other) > 1e-4 for one, other in pairwise(asked))

@@ -20,6 +20,9 @@ _PENALTY = 10.0
 _PENALTY_GROWTH = 4.0
 _STEPS = 5  # between two updates of the multipliers
 _ROUNDS = 50
+_LINE_SEARCH = 4
+"""Candidates of a line search. Rounding in bfloat16 may hide what it looks for; L-BFGS then forgets the
+curvature that it knows and goes on from its last point."""
 # Adam's: how much of the mean gradient and square is kept, a step's share of a gene's range, and the
 # steps over which it falls to 1 / sqrt(2) of that
 _MEMORY, _SQUARE_MEMORY = 0.9, 0.99
@@ -90,7 +93,7 @@ class GradientSearcher(Searcher):
             jac=True,
             method="L-BFGS-B",
             bounds=list(zip(self._space.low, self._space.high, strict=True)),
-            options={} if steps is None else {"maxiter": steps},
+            options={"maxls": _LINE_SEARCH} | ({} if steps is None else {"maxiter": steps}),
         ).x
         return found
 

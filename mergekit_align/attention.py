@@ -111,7 +111,7 @@ def reads_blocks(model: PreTrainedModel) -> bool:
 @contextmanager
 def block_attention(model: PreTrainedModel, row: Blocks) -> Iterator[torch.Tensor]:
     """Have a model read a row by its blocks. Gives the mask that it takes, which says nothing."""
-    added = [_added(group.seen, model.dtype).unsqueeze(1) for group in row.groups]
+    added = [to_add(group.seen, model.dtype).unsqueeze(1) for group in row.groups]
     reading = _ROW.set((row, added))
     config = model.config.get_text_config()
     before, config._attn_implementation = config._attn_implementation, _BLOCKS
@@ -122,9 +122,20 @@ def block_attention(model: PreTrainedModel, row: Blocks) -> Iterator[torch.Tenso
         _ROW.reset(reading)
 
 
-def _added(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to scores, of what is seen nothing."""
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+def seen_by_all(ends: torch.Tensor) -> torch.Tensor:
+    """Whether a token sees each of its row, [..., tokens, tokens].
+
+    Args:
+        ends: the last place that sees each token, [..., tokens].
+    """
+    place = torch.arange(ends.shape[-1], device=ends.device)
+    reader = place.unsqueeze(1)
+    return (place <= reader) & (reader <= ends.unsqueeze(-2))
+
+
+def to_add(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """To scores: nothing to that of what is seen, the least number to others."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def _by_blocks(
@@ -148,9 +159,7 @@ def _by_blocks(
     row, added = _ROW.get()
     _, heads, tokens, width = query.shape
     if dropout or any(more.get(each) is not None for each in _OTHERS):
-        place = torch.arange(tokens)
-        seen = (place <= place.unsqueeze(1)) & (place.unsqueeze(1) <= row.ends)
-        mask = _added(seen, query.dtype).view(1, 1, tokens, tokens)
+        mask = to_add(seen_by_all(row.ends), query.dtype).view(1, 1, tokens, tokens)
         found: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS[_FUSED](
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **more
         )

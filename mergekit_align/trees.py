@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from mergekit_align.attention import Blocks, reads_blocks
+from mergekit_align.attention import Blocks, reads_blocks, seen_by_all, to_add
 from mergekit_align.reading import MIN_SHARED, may_share
 from mergekit_align.token_ids import TokenIds, common_length, longest
 
@@ -121,14 +121,10 @@ class TreeBatch(NamedTuple):
         """
         if self.ends is None:
             return self.read
-        place = torch.arange(self.ids.shape[1], device=self.ids.device)
-        reader = place.unsqueeze(1)
-        seen = (place <= reader) & (reader <= self.ends.unsqueeze(1))
-        seen = pad(seen, (len(self.shared), 0), value=True).unsqueeze(1)
+        seen = pad(seen_by_all(self.ends), (len(self.shared), 0), value=True).unsqueeze(1)
         if model.config.get_text_config()._attn_implementation == "sdpa":
             return seen
-        least = torch.finfo(model.dtype).min
-        return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, least)
+        return to_add(seen, model.dtype)
 
 
 def reads_trees(model: PreTrainedModel, tokens: int) -> bool:
@@ -316,12 +312,8 @@ def _trees(
         size, own = len(query.tree.ids) - known, len(set(query.tree.asked))
         same = row.shares(query.tree)
         tokens = len(row.ids) + size - (min(same, len(query.prompt)) - known)
-        if budget is None:
-            fits = tokens <= max(TREE_TOKENS, size * 3 // 2)
-        else:
-            together = len(bundles[-1].queries) + 1 if bundles else 1
-            fits = budget.holds(tokens, predictions + own, together)
-        if not bundles or not fits:
+        limits = budget or Budget(max(TREE_TOKENS, size * 3 // 2))
+        if not bundles or not limits.holds(tokens, predictions + own, len(bundles[-1].queries) + 1):
             row, same, predictions = _Row(known), known, 0
             bundles.append(_Bundle([row], [], []))
         predictions += own

@@ -133,7 +133,7 @@ class ResponseReader:
         self._preamble: Preamble | None = None
         budget = Budget(BATCH_TOKENS, BATCH_LOGITS // vocabulary_size(model), max_batch_size)
         queries = [each.query for each in asked]
-        self.batches: list[TreeBatch] = list(plan_batches(model, queries, budget))
+        self.batches: list[TreeBatch] = list(plan_batches(model, queries, budget, padded=True))
         """All samples, each once."""
 
     def scores(self) -> list[ResponseScore]:

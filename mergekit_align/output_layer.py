@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from mergekit_align.attention import block_attention
-from mergekit_align.reading import BATCH_LOGITS, run_model, vocabulary_size
+from mergekit_align.reading import BATCH_LOGITS, body_of, run_model, vocabulary_size
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mergekit_align.trees import TreeBatch
 
 CACHED_LOGITS = 2**18
@@ -121,11 +122,11 @@ def _read(
                 model, batch.ids, mask, batch.positions, keep=0, cache=cache, use_cache=kept
             )
 
-    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    body = body_of(model)
     if body is model:  # it cannot be run up to its output layer
         with _predicting(model, batch.places):
             return run(model).logits.squeeze(0), lambda logits: logits
-    output = run(cast("PreTrainedModel", body))
+    output = run(body)
     states = output.last_hidden_state.flatten(0, 1)
     states = states[batch.places.to(states.device)]
 

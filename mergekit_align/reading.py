@@ -157,6 +157,13 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return size
 
 
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model up to its output layer; all of it where it cannot be run so far, as of a wrapper."""
+    from transformers import PreTrainedModel
+
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
 def cache_of(output: Any) -> Any:
     """The key/value cache of a forward pass."""
     # transformers 5.24 renames it.

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from mergekit_align.attention import Blocks, reads_blocks, seen_by_all, to_add
-from mergekit_align.reading import MIN_SHARED, may_share
+from mergekit_align.reading import MIN_SHARED, body_of, may_share
 from mergekit_align.token_ids import TokenIds, common_length, longest
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ MOST_PADDING = 0.2
 """Share of padding in a larger batch."""
 MOST_KNOWN = 4
 """Tokens of what a batch's rows share, a copy for each, by those that are read."""
+_SIZES = 32
+"""For each number of tokens that it has not met, PyTorch prepares a model's products on a CPU, and
+keeps that: of a small model up to half as long as it then takes to read them, and megabytes."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +144,19 @@ def reads_trees(model: PreTrainedModel, tokens: int) -> bool:
         and config._attn_implementation in ("eager", "sdpa")
         and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
         and may_share(model, tokens)
-        and "position_ids" in inspect.signature(model.forward).parameters
+        and "position_ids" in inspect.signature(body_of(model).forward).parameters
     )
 
 
 def plan_batches(
-    model: PreTrainedModel, queries: Sequence[Query], budget: Budget
+    model: PreTrainedModel, queries: Sequence[Query], budget: Budget, *, padded: bool = False
 ) -> Iterator[TreeBatch]:
-    """All queries, each in one batch."""
+    """All queries, each in one batch.
+
+    Args:
+        padded: whether a batch may have tokens and predictions that nothing asks for, some hundredths
+            of all, where it is read the sooner with them.
+    """
     if not queries:
         return
     longest_text = max(len(query.prompt) + max(map(len, query.continuations)) for query in queries)
@@ -158,7 +166,9 @@ def plan_batches(
         return
     if reads_blocks(model):
         for tree in _trees(queries, _in_order(queries), 0, budget):
-            yield _tensors(queries, [tree], [], model.device, trees=True, blocks=True)
+            yield _tensors(
+                queries, [tree], [], model.device, trees=True, blocks=True, padded=padded
+            )
         return
     for shared, members in _beginnings(queries):
         known, trees = shared, _trees(queries, members, len(shared))
@@ -393,10 +403,12 @@ def _tensors(
     *,
     trees: bool,
     blocks: bool = False,
+    padded: bool = False,
 ) -> TreeBatch:
     rows = [row for bundle in bundles for row in bundle.rows]
     lengths = np.array([len(row.ids) for row in rows])
-    columns = np.arange(lengths.max())
+    width = int(lengths.max())
+    columns = np.arange(_recurring(width) if padded else width)
     read = columns < lengths[:, np.newaxis]
     ids, positions, ends = np.zeros((3, *read.shape), dtype=np.int64)
     positions += len(shared)
@@ -409,6 +421,8 @@ def _tensors(
     asked = np.array([*chain.from_iterable(bundle.asked for bundle in bundles)])
     asked += np.repeat(starts, [len(bundle.asked) for bundle in bundles])
     places, asked = np.unique(np.flatnonzero(read)[asked], return_inverse=True)
+    if padded:
+        places = np.pad(places, (0, _recurring(len(places)) - len(places)), mode="edge")
     members = [index for bundle in bundles for index in bundle.queries]
     continuations = [each for index in members for each in queries[index].continuations]
     owners = np.repeat(np.arange(len(continuations)), [len(each) for each in continuations])
@@ -430,3 +444,9 @@ def _tensors(
         tensor(tokens),
         tensor(owners),
     )
+
+
+def _recurring(size: int) -> int:
+    """As large or somewhat larger, of few sizes: `_SIZES` from one power of 2 to the next."""
+    step = max(1, (1 << size.bit_length() - 1) // _SIZES)
+    return -(-size // step) * step

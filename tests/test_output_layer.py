@@ -238,4 +238,4 @@ def test_batches_of_losses_keep_to_the_bound(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(loss, "BATCH_LOGITS", 40 * reading.vocabulary_size(model))
     batches = loss.ResponseReader(model, loss.questions(samples())).batches
     # A tree alone may have more, which are predicted in pieces.
-    assert sorted(len(batch.places) for batch in batches) == [12, 1 + 20, 71]
+    assert sorted(int(batch.asked.max()) + 1 for batch in batches) == [12, 1 + 20, 71]

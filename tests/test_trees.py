@@ -66,16 +66,17 @@ def read_before(batch: TreeBatch, place: int, mask: torch.Tensor) -> list[int]:
     return [*batch.shared, *batch.ids[row, seen].tolist()]
 
 
-@given(queries, st.integers(1, 200), st.sampled_from(["blocks", "rows", "texts"]))
+@given(queries, st.integers(1, 200), st.sampled_from(["blocks", "rows", "texts"]), st.booleans())
 def test_every_token_is_asked_for_after_all_that_is_before_it(
-    llama: PreTrainedModel, asked: list[Query], tokens: int, layout: str
+    llama: PreTrainedModel, asked: list[Query], tokens: int, layout: str, padded: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees, "_SIZES", 1)
         patch.setattr(trees, "TREE_TOKENS", 30)
         patch.setattr(trees, "reads_blocks", lambda _: layout == "blocks")
         if layout == "texts":
             patch.setattr(trees, "reads_trees", lambda *_: False)
-        batches = list(plan_batches(llama, asked, Budget(tokens)))
+        batches = list(plan_batches(llama, asked, Budget(tokens), padded=padded))
     assert sorted(n for batch in batches for n in batch.queries) == list(range(len(asked)))
     for batch in batches:
         mask = batch.mask(llama)
@@ -130,6 +131,31 @@ def test_what_all_texts_of_several_trees_begin_with_is_read_once(
     assert batch.ids.shape == (8, 51)
     (alone,) = plan_batches(llama, asked[:1], Budget(1000))
     assert not alone.shared
+
+
+def test_what_is_scored_has_few_sizes(llama: PreTrainedModel) -> None:
+    """Else each batch would have its own, for which PyTorch prepares all of the model's products."""
+    sizes = set()
+    for count in range(700, 710):
+        samples = [EncodedSample([5, 6], [7] * count), EncodedSample([6], [7] * count)]
+        (batch,) = ResponseReader(llama, questions(samples)).batches
+        assert 0 <= batch.ids.numel() - int(batch.read.sum()) <= batch.ids.numel() // 32
+        sizes.add((batch.ids.shape, batch.places.shape))
+    assert len(sizes) <= 3  # of ten
+
+
+def test_texts_are_apart_where_the_body_takes_no_positions() -> None:
+    """Of trees it would count the tokens of a row."""
+    samples = [EncodedSample([5, 6, 7], [8, 9]), EncodedSample([5, 6], [10, 11, 12])]
+    model = model_of("llama")
+    expected = response_scores(model, samples, openings=[OPENINGS] * 2)
+    own = model.model.forward
+    model.model.forward = lambda input_ids, **others: own(input_ids, **others)
+    assert not trees.reads_trees(model, 64)
+    for one, other in zip(
+        response_scores(model, samples, openings=[OPENINGS] * 2), expected, strict=True
+    ):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)

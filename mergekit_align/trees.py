@@ -42,8 +42,8 @@ MOST_PADDING = 0.2
 MOST_KNOWN = 4
 """Tokens of what a batch's rows share, a copy for each, by those that are read."""
 _SIZES = 32
-"""For each number of tokens that it has not met, PyTorch prepares a model's products on a CPU, and
-keeps that: of a small model up to half as long as it then takes to read them, and megabytes."""
+"""From one power of 2 to the next. What oneDNN prepares for a number of tokens PyTorch keeps, for
+hundreds of them: one or two milliseconds each, and some megabytes."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def plan_batches(
 
     Args:
         padded: whether a batch may have tokens and predictions that nothing asks for, some hundredths
-            of all, where it is read the sooner with them.
+            of all, so that it has one of few sizes.
     """
     if not queries:
         return
@@ -447,6 +447,6 @@ def _tensors(
 
 
 def _recurring(size: int) -> int:
-    """As large or somewhat larger, of few sizes: `_SIZES` from one power of 2 to the next."""
+    """As large or somewhat larger, of few sizes."""
     step = max(1, (1 << size.bit_length() - 1) // _SIZES)
     return -(-size // step) * step

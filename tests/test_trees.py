@@ -134,7 +134,7 @@ def test_what_all_texts_of_several_trees_begin_with_is_read_once(
 
 
 def test_what_is_scored_has_few_sizes(llama: PreTrainedModel) -> None:
-    """Else each batch would have its own, for which PyTorch prepares all of the model's products."""
+    """Else each batch would have its own, of which PyTorch keeps what it prepares."""
     sizes = set()
     for count in range(700, 710):
         samples = [EncodedSample([5, 6], [7] * count), EncodedSample([6], [7] * count)]

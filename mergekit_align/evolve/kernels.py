@@ -179,14 +179,13 @@ class TaskArithmeticKernel(Kernel):
         self, piece: slice, base: torch.Tensor, kept: Sequence[Selection | None]
     ) -> torch.Tensor:
         """[models, numbers], which are not to be changed."""
-        deltas = self._small
-        if deltas is None:
-            deltas = self._differences(piece, base)
-        elif any(selection is not None for selection in kept):
-            deltas = deltas.clone()
-        for row, selection in zip(deltas, kept, strict=True):
-            if selection is not None:
-                row.copy_(keep(row, selection.mask(row, piece)))
+        known = self._small
+        deltas = self._differences(piece, base) if known is None else known
+        if any(kept):
+            deltas = deltas.clone() if deltas is known else deltas
+            for row, selection in zip(deltas, kept, strict=True):
+                if selection is not None:
+                    row.copy_(keep(row, selection.mask(row, piece)))
         return deltas
 
     def _differences(self, piece: slice, base: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ A tree is one row of a batch: the tokens of all its texts, each once, in the ord
 follows one text to its end before the next. A token has the position that it has in its text, and sees
 only the tokens that lead to it (tree attention: Miao et al. 2024, SpecInfer, arXiv 2305.09781). So
 prompts that begin alike share that, a prompt's responses and openings share the prompt, and all is one
-forward pass. By `attention`'s blocks a tree is all of a batch, hardly padded, and nothing is read twice.
+forward pass. By `attention`'s blocks a tree is all of a batch: hardly padded, nothing is read twice.
 Where each token is looked up in the whole row, rows are short; what all prompts of a batch begin with,
 where it is long, is a `reading.Preamble` then.
 

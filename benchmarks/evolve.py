@@ -288,14 +288,11 @@ def racing(world: Path, limit: int | None, seeds: int) -> dict[str, Any]:
     table = Table("seed", "", "exact", "racing", "racing / exact")
     _search(world, 1, 0, racing=False, count=1)  # imports count for neither
     for seed in range(seeds):
-        turns = [
-            [_search(world, limit, seed, racing=on) for on in (False, True)]
-            for _ in range(3)  # the same searches: a machine is not as fast from minute to minute
-        ]
-        runs = turns[0]
-        seconds = [
-            statistics.median(run.seconds for run in side) for side in zip(*turns, strict=True)
-        ]
+        turns = []
+        for _ in range(3):  # the same searches: a machine is not as fast from minute to minute
+            runs = [_search(world, limit, seed, racing=on) for on in (False, True)]
+            turns.append([each.seconds for each in runs])
+        seconds = [statistics.median(side) for side in zip(*turns, strict=True)]
         for label, digits, both in (
             ("samples read", 0, [float(each.samples) for each in runs]),
             ("processor seconds", 1, seconds),

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,8 @@ BLOCK = 32
 """Tokens that are looked up together in what any of them sees."""
 MOST_SCORES = 2**24
 """Scores that are held at once, 32 MiB in bfloat16, or kept in one layer for its backward pass."""
+KEPT_MASKS = 2**20
+"""Numbers of a row's masks that are kept from reading to reading."""
 _OTHERS = "position_bias", "softcap", "s_aux"  # what else some models have done to the scores
 _FUSED, _BLOCKS = "sdpa", "mergekit_align_blocks"
 
@@ -54,7 +57,8 @@ class Group(NamedTuple):
         return (self.keys.unsqueeze(1) <= reader) & (reader <= self.ends.unsqueeze(1))
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Blocks:
     """How a row is read."""
 
     groups: list[Group]
@@ -64,6 +68,17 @@ class Blocks(NamedTuple):
     """Places of the row's blocks among these, [blocks]."""
     ends: torch.Tensor
     """The last place that sees each token, [tokens]."""
+    _masks: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict)
+
+    @torch.inference_mode(False)
+    def masks(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What is added to the scores of each group, [blocks, 1, `BLOCK`, keys]; kept if small."""
+        if dtype in self._masks:
+            return self._masks[dtype]
+        masks = [to_add(group.seen, dtype).unsqueeze(1) for group in self.groups]
+        if sum(each.numel() for each in masks) <= KEPT_MASKS:
+            self._masks[dtype] = masks
+        return masks
 
     @classmethod
     def of(cls, ends: NDArray[np.int64]) -> Blocks:
@@ -99,7 +114,7 @@ def _group(
 
 
 _ROW: ContextVar[tuple[Blocks, list[torch.Tensor]]] = ContextVar("row")
-"""That is read, and what is added to the scores of each group, [blocks, 1, `BLOCK`, keys]."""
+"""That is read, and its masks."""
 
 
 def reads_blocks(model: PreTrainedModel) -> bool:
@@ -111,8 +126,7 @@ def reads_blocks(model: PreTrainedModel) -> bool:
 @contextmanager
 def block_attention(model: PreTrainedModel, row: Blocks) -> Iterator[torch.Tensor]:
     """Have a model read a row by its blocks. Gives the mask that it takes, which says nothing."""
-    added = [to_add(group.seen, model.dtype).unsqueeze(1) for group in row.groups]
-    reading = _ROW.set((row, added))
+    reading = _ROW.set((row, row.masks(model.dtype)))
     config = model.config.get_text_config()
     before, config._attn_implementation = config._attn_implementation, _BLOCKS
     try:

@@ -69,7 +69,8 @@ def sample_loss(model: PreTrainedModel, sample: EncodedSample) -> torch.Tensor:
     # Nothing is predicted after the last token, which is read for what comes after it.
     query = Query(sample.prompt_ids, [response, [*response, response[0]]])
     (batch,) = plan_batches(model, [query], Budget(BATCH_TOKENS))
-    return -_logprobs(model, batch)[0] / len(response)
+    cache = _cache(model, batch)
+    return -continuation_logprobs(model, batch, cache)[0] / len(response)
 
 
 def mean_logprob(
@@ -180,7 +181,7 @@ def _whole_budget(model: PreTrainedModel) -> Budget:
 
 def _logprobs(model: PreTrainedModel, batch: TreeBatch) -> torch.Tensor:
     """Of each continuation."""
-    return continuation_logprobs(model, batch, _cache(model, batch))
+    return continuation_logprobs(model, batch, _cache(model, batch), whole=False)
 
 
 def _cache(model: PreTrainedModel, batch: TreeBatch) -> Any:

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mergekit_align.checkpoints import context_window
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
@@ -27,6 +30,8 @@ from mergekit_align.trees import Budget, Query, TreeBatch, plan_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Array = NDArray[np.float64]
 
 BATCH_TOKENS = 8192
 """Tokens in a batch, padding included."""
@@ -46,6 +51,33 @@ class ResponseScore(NamedTuple):
     def loss(self) -> float:
         """Sample loss, nats a token."""
         return -self.logprob / self.tokens
+
+
+class ResponseScores(NamedTuple):
+    """What a model makes of samples: the same, of all of them."""
+
+    logprobs: Array
+    """NaN where the response was not read, [samples]."""
+    tokens: Array
+    """[samples]"""
+    margins: Array
+    """NaN without openings, [samples]."""
+
+    @classmethod
+    def of(cls, scores: Sequence[ResponseScore]) -> ResponseScores:
+        """Those of some samples."""
+        return cls(*np.array(scores, dtype=np.float64).T)
+
+    @classmethod
+    def nothing(cls, count: int) -> ResponseScores:
+        """To be filled in."""
+        return cls(*np.full((3, count), np.nan))
+
+    def each(self) -> list[ResponseScore]:
+        """Of one sample after another."""
+        margins = (None if math.isnan(each) else each for each in self.margins.tolist())
+        logprobs, tokens = self.logprobs.tolist(), map(int, self.tokens.tolist())
+        return [*starmap(ResponseScore, zip(logprobs, tokens, margins, strict=True))]
 
 
 def sample_scores(
@@ -79,7 +111,7 @@ def response_scores(
         max_batch_size: trees in a batch at most; by default tokens and logits alone bound it.
     """
     asked = questions(encoded, openings)
-    return ResponseReader(model, asked, max_batch_size=max_batch_size).scores()
+    return ResponseReader(model, asked, max_batch_size=max_batch_size).scores().each()
 
 
 class Question(NamedTuple):
@@ -114,6 +146,52 @@ def questions(
     return found
 
 
+class _Answers(NamedTuple):
+    """Which of a batch's continuations answer its questions."""
+
+    tokens: Array
+    """Of each question's response, [questions]."""
+    read: list[int]
+    """Questions whose responses are read."""
+    responses: torch.Tensor
+    """These, [read]."""
+    decisions: list[tuple[Openings, list[int], torch.Tensor]]
+    """Questions that ask for a decision, by what it compares, and these [questions, openings]."""
+
+    @classmethod
+    def of(cls, asked: Sequence[Question]) -> _Answers:
+        read, responses, start = [], [], 0
+        decisions: dict[Openings, tuple[list[int], list[int]]] = {}
+        for index, (_, _, kinds, reads_response) in enumerate(asked):
+            if reads_response:
+                read.append(index)
+                responses.append(start)
+                start += 1
+            if kinds is not None:
+                members, firsts = decisions.setdefault(kinds, ([], []))
+                members.append(index)
+                firsts.append(start)
+                start += len(kinds.every)
+        return cls(
+            np.array([each.tokens for each in asked], dtype=np.float64),
+            read,
+            torch.tensor(responses, dtype=torch.long),
+            [
+                (kinds, members, torch.tensor(firsts)[:, None] + torch.arange(len(kinds.every)))
+                for kinds, (members, firsts) in decisions.items()
+            ],
+        )
+
+    def scores(self, logprobs: torch.Tensor) -> ResponseScores:
+        """By the continuations' log-probabilities, [continuations]."""
+        found = ResponseScores.nothing(len(self.tokens))
+        found.tokens[:] = self.tokens
+        found.logprobs[self.read] = logprobs[self.responses].numpy()
+        for kinds, members, openings in self.decisions:
+            found.margins[members] = kinds.margins(logprobs[openings]).numpy()
+        return found
+
+
 class ResponseReader:
     """Answers questions, a batch at a time.
 
@@ -129,45 +207,31 @@ class ResponseReader:
         max_batch_size: int | None = None,
     ) -> None:
         self._model = model
-        self._asked = asked
+        self._count = len(asked)
         self._preamble: Preamble | None = None
         budget = Budget(BATCH_TOKENS, BATCH_LOGITS // vocabulary_size(model), max_batch_size)
         queries = [each.query for each in asked]
         self.batches: list[TreeBatch] = list(plan_batches(model, queries, budget, padded=True))
         """All samples, each once."""
+        self._answers = [
+            _Answers.of([asked[index] for index in batch.queries]) for batch in self.batches
+        ]
 
-    def scores(self) -> list[ResponseScore]:
-        """Scores of all samples, in their order, by the model as it is now."""
+    def scores(self) -> ResponseScores:
+        """Of all samples, in their order, by the model as it is now."""
         self._preamble = None
-        scores: dict[int, ResponseScore] = {}
-        for batch in self.batches:
-            scores |= self.read(batch)
-        return [scores[index] for index in range(len(self._asked))]
+        found = ResponseScores.nothing(self._count)
+        for number, batch in enumerate(self.batches):
+            for whole, part in zip(found, self.read(number), strict=True):
+                whole[batch.queries] = part
+        return found
 
     @torch.inference_mode()
-    def read(self, batch: TreeBatch) -> dict[int, ResponseScore]:
-        """The scores of one batch, by index."""
+    def read(self, number: int) -> ResponseScores:
+        """Of the samples of one batch, in the order of its queries."""
+        batch = self.batches[number]
         if self._preamble is None or self._preamble.ids != batch.shared:
             self._preamble = Preamble(self._model, batch.shared) if batch.shared else None
         cache = self._preamble.cache(len(batch.ids)) if self._preamble else None
         logprobs = continuation_logprobs(self._model, batch, cache, whole=False).cpu()
-        values = logprobs.tolist()
-        scores: dict[int, ResponseScore] = {}
-        decided: dict[Openings, list[tuple[int, int]]] = {}
-        start = 0
-        for index in batch.queries:
-            _, tokens, kinds, reads_response = self._asked[index]
-            logprob = math.nan
-            if reads_response:
-                logprob = values[start]
-                start += 1
-            if kinds is not None:
-                decided.setdefault(kinds, []).append((index, start))
-                start += len(kinds.every)
-            scores[index] = ResponseScore(logprob, tokens, None)
-        for kinds, places in decided.items():
-            firsts = torch.tensor([first for _, first in places]).unsqueeze(1)
-            own = logprobs[firsts + torch.arange(len(kinds.every))]
-            for (index, _), margin in zip(places, kinds.margins(own).tolist(), strict=True):
-                scores[index] = scores[index]._replace(decision_margin=margin)
-        return scores
+        return self._answers[number].scores(logprobs)

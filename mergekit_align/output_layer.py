@@ -95,12 +95,12 @@ def _cached_rows(logits: torch.Tensor) -> int:
 def next_logprobs(model: PreTrainedModel, batch: TreeBatch, cache: Any = None) -> torch.Tensor:
     """Log-probabilities of every token where those of the continuations are predicted.
 
-    Arguments as of `continuation_logprobs`.
+    Arguments as of `continuation_logprobs`; the last layer leaves out what nothing is predicted from.
 
     Returns:
         [asked, vocabulary], of all at once.
     """
-    states, logits_of = _read(model, batch, cache)
+    states, logits_of = _read(model, batch, cache, whole=False)
     return logits_of(states).float().log_softmax(1)[batch.asked]
 
 

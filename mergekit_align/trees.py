@@ -59,6 +59,16 @@ class Query:
         """Its own: whatever it is read with, this is worked out once."""
         return _Tree.of(self.prompt, self.continuations)
 
+    @cached_property
+    def predictions(self) -> int:
+        """Places at which something is predicted."""
+        return len(set(self.tree.asked))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of its longest text."""
+        return len(self.prompt) + max(map(len, self.continuations))
+
 
 class Budget(NamedTuple):
     """What a batch may take."""
@@ -159,8 +169,7 @@ def plan_batches(
     """
     if not queries:
         return
-    longest_text = max(len(query.prompt) + max(map(len, query.continuations)) for query in queries)
-    if not reads_trees(model, longest_text):
+    if not reads_trees(model, max(query.longest for query in queries)):
         plain = [_plain(index, query) for index, query in enumerate(queries)]
         yield from _batches(queries, plain, [], budget, model.device, trees=False)
         return
@@ -319,7 +328,7 @@ def _trees(
     row, predictions = _Row(known), 0
     for index in members:
         query = queries[index]
-        size, own = len(query.tree.ids) - known, len(set(query.tree.asked))
+        size, own = len(query.tree.ids) - known, query.predictions
         same = row.shares(query.tree)
         tokens = len(row.ids) + size - (min(same, len(query.prompt)) - known)
         limits = budget or Budget(max(TREE_TOKENS, size * 3 // 2))

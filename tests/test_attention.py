@@ -61,6 +61,21 @@ def test_blocks_see_what_their_tokens_see(tokens: int, seed: int) -> None:
     assert torch.equal(row.blocks[row.order], torch.arange(len(row.order)))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_small_masks_are_made_once(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Blocks.of(ends_of(walk(3 * BLOCK)))
+    size = sum(each.keys.numel() for each in row.groups) * BLOCK
+    monkeypatch.setattr(attention, "KEPT_MASKS", size if kept else size - 1)
+    with torch.inference_mode():
+        first = row.masks(torch.bfloat16)
+    again, other = row.masks(torch.bfloat16), row.masks(torch.float32)
+    assert (again is first) == kept
+    for group, *masks in zip(row.groups, first, again, other, strict=True):
+        for mask in masks:
+            assert torch.equal(mask.squeeze(1) == 0, group.seen)
+            assert not mask.is_inference()  # it may take part in a backward pass
+
+
 def drawn(heads: int, key_heads: int, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Queries, keys and values."""
     generator = torch.Generator().manual_seed(0)

@@ -189,3 +189,17 @@ def test_too_long_a_prompt_is_cut_on_its_left_and_too_long_a_response_is_an_erro
     assert cut.prompt_ids[-5:] == full.prompt_ids[-5:]
     with pytest.raises(InputError, match="sorry sorry"):
         encoder.encode("a", "sorry " * 40, templated=True)
+
+
+def test_a_class_with_results_of_its_own_is_scored_by_lm_eval(world) -> None:
+    class Halved(response_module.ResponseTask):
+        def process_results(self, doc, results):
+            return {key: each / 2 for key, each in super().process_results(doc, results).items()}
+
+    def loaded(kind):
+        config = {"task": "own", "sample_type": "alignment"}
+        data = str(world / "data" / "validation.jsonl")
+        return {"tasks": {"own": kind({**config, "data": data})}}
+
+    assert response_module.is_response_task(loaded(response_module.ResponseTask))
+    assert not response_module.is_response_task(loaded(Halved))

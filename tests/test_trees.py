@@ -196,7 +196,7 @@ def test_a_tree_gives_what_the_texts_give(
     read.append(ResponseReader(model, questions(samples, [OPENINGS] * 30)))
     tokens = [sum(int(batch.read.sum()) for batch in each.batches) for each in read]
     assert tokens[0] < 0.6 * tokens[1]
-    for one, other in zip(read[0].scores(), read[1].scores(), strict=True):
+    for one, other in zip(*(each.scores().each() for each in read), strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert one.decision_margin == pytest.approx(other.decision_margin, abs=1e-5)
 

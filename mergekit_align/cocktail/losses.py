@@ -228,8 +228,8 @@ class _Table:
             mine = start + state.process_index
             scores = [
                 (keys[index], SampleLoss(-score.logprob, score.tokens))
-                for batch in reader.batches[mine : mine + 1]
-                for index, score in reader.read(batch).items()
+                for number, batch in [*enumerate(reader.batches)][mine : mine + 1]
+                for index, score in zip(batch.queries, reader.read(number).each(), strict=True)
             ]
             if state.num_processes > 1:
                 scores = gather_object(scores)

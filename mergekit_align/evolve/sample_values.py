@@ -9,7 +9,7 @@ import numpy as np
 
 from mergekit_align.encoding import EncodedSample
 from mergekit_align.evolve.genes import Array
-from mergekit_align.loss import Question, ResponseReader, questions
+from mergekit_align.loss import Question, ResponseReader, ResponseScores, questions
 from mergekit_align.tasks.response import ResponseTask, encode_requests
 
 if TYPE_CHECKING:
@@ -33,16 +33,18 @@ class SliceReader(NamedTuple):
 
     def read(self, into: SampleValues) -> None:
         """Add what the model as it is now makes of them."""
-        scores = iter(self.reader.scores())
+        scores = self.reader.scores()
+        start = 0
         for name, own in self.places.items():
-            task = self.tasks[name]
-            found = [task.process_results(task.instances[n].doc, [next(scores)]) for n in own]
-            for metric in found[0] if found else ():
+            task, end = self.tasks[name], start + len(own)
+            found = task.metrics(ResponseScores(*(each[start:end] for each in scores)))
+            start = end
+            for metric, values in found.items():
                 key = name, f"{metric},none"
-                if key in self.wanted:
+                if key in self.wanted and len(own):
                     if key not in into:
                         into[key] = np.full(len(task.instances), np.nan)
-                    into[key][list(own)] = [each[metric] for each in found]
+                    into[key][list(own)] = values
 
 
 class SampleReader:

@@ -18,19 +18,19 @@ A task's YAML:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.huggingface import HFLM
 
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.errors import InputError
-from mergekit_align.loss import ResponseScore, response_scores
+from mergekit_align.loss import Array, ResponseScore, ResponseScores, response_scores
 from mergekit_align.openings import Openings, tell_apart
 from mergekit_align.samples import Sample
 from mergekit_align.tasks.samples import SampleTask
@@ -122,26 +122,29 @@ class ResponseTask(SampleTask):
     def process_results(
         self, doc: dict[str, Any], results: Sequence[ResponseScore]
     ) -> dict[str, float]:
-        (score,) = results
-        metrics = {"logprob": -score.loss, "sequence_logprob": score.logprob}
-        if score.decision_margin is not None:
-            wanted = 1.0 if self.sample_type == "alignment" else -1.0
-            margin = wanted * score.decision_margin
-            metrics["decision_margin"] = margin
-            metrics["decision_logprob"] = (
-                -math.log1p(math.exp(-margin)) if margin > -700 else margin
-            )
-            metrics["decision_acc"] = float(margin > 0)
+        found = self.metrics(ResponseScores.of(results))
+        return {metric: float(each[0]) for metric, each in found.items()}
+
+    def metrics(self, scores: ResponseScores) -> dict[str, Array]:
+        """Every metric on samples of this task, [samples]."""
+        metrics = {"logprob": scores.logprobs / scores.tokens, "sequence_logprob": scores.logprobs}
+        if self.openings is not None:
+            margins = scores.margins if self.sample_type == "alignment" else -scores.margins
+            metrics["decision_margin"] = margins
+            with np.errstate(invalid="ignore"):  # of what was not read
+                metrics["decision_logprob"] = -np.logaddexp(0.0, -margins)
+            metrics["decision_acc"] = (margins > 0).astype(np.float64)
         return metrics
 
 
 def is_response_task(loaded: Any) -> bool:
-    """Whether what lm-eval loads for a name is one task of this class, with no filter of its own."""
+    """Whether what lm-eval loads for a name is one task of this class, with nothing of its own."""
     tasks = list(loaded["tasks"].values())
     return (
         not loaded.get("groups")
         and len(tasks) == 1
         and isinstance(tasks[0], ResponseTask)
+        and type(tasks[0]).process_results is ResponseTask.process_results
         and [each.name for each in tasks[0]._filters] == ["none"]
     )
 

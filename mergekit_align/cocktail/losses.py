@@ -226,11 +226,11 @@ class _Table:
         reader = ResponseReader(model, asked, max_batch_size=max_batch_size)
         for start in range(0, len(reader.batches), state.num_processes):
             mine = start + state.process_index
-            scores = [
-                (keys[index], SampleLoss(-score.logprob, score.tokens))
-                for number, batch in [*enumerate(reader.batches)][mine : mine + 1]
-                for index, score in zip(batch.queries, reader.read(number).each(), strict=True)
-            ]
+            scores: list[tuple[str, SampleLoss]] = []
+            if mine < len(reader.batches):
+                places, found = reader.batches[mine].queries, reader.read(mine).each()
+                for place, score in zip(places, found, strict=True):
+                    scores.append((keys[place], SampleLoss(-score.logprob, score.tokens)))
             if state.num_processes > 1:
                 scores = gather_object(scores)
             self._found.update(scores)

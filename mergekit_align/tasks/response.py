@@ -122,7 +122,8 @@ class ResponseTask(SampleTask):
     def process_results(
         self, doc: dict[str, Any], results: Sequence[ResponseScore]
     ) -> dict[str, float]:
-        found = self.metrics(ResponseScores.of(results))
+        (score,) = results
+        found = self.metrics(ResponseScores.of([score]))
         return {metric: float(each[0]) for metric, each in found.items()}
 
     def metrics(self, scores: ResponseScores) -> dict[str, Array]:

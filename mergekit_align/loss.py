@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import starmap
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,7 @@ from mergekit_align.checkpoints import context_window
 from mergekit_align.encoding import EncodedSample, ResponseEncoder
 from mergekit_align.openings import Openings
 from mergekit_align.output_layer import continuation_logprobs
+from mergekit_align.parallel import Readers, readers_of
 from mergekit_align.reading import BATCH_LOGITS, Preamble, vocabulary_size
 from mergekit_align.samples import Sample
 from mergekit_align.trees import Budget, Query, TreeBatch, plan_batches
@@ -193,7 +195,7 @@ class _Answers(NamedTuple):
 
 
 class ResponseReader:
-    """Answers questions, a batch at a time.
+    """Answers questions, a batch at a time, or several on a CPU.
 
     Args:
         max_batch_size: trees in a batch at most; by default tokens and logits alone bound it.
@@ -211,7 +213,9 @@ class ResponseReader:
         self._preamble: Preamble | None = None
         budget = Budget(BATCH_TOKENS, BATCH_LOGITS // vocabulary_size(model), max_batch_size)
         queries = [each.query for each in asked]
-        self.batches: list[TreeBatch] = list(plan_batches(model, queries, budget, padded=True))
+        self.batches: list[TreeBatch] = list(
+            plan_batches(model, queries, budget, padded=True, at_once=readers_of(model))
+        )
         """All samples, each once."""
         self._answers = [
             _Answers.of([asked[index] for index in batch.queries]) for batch in self.batches
@@ -221,17 +225,27 @@ class ResponseReader:
         """Of all samples, in their order, by the model as it is now."""
         self._preamble = None
         found = ResponseScores.nothing(self._count)
-        for number, batch in enumerate(self.batches):
-            for whole, part in zip(found, self.read(number), strict=True):
-                whole[batch.queries] = part
+        numbers = range(len(self.batches))
+        at_once = min(readers_of(self._model), len(numbers)) > 1
+        parts = self._readers.map(self._read, numbers) if at_once else map(self.read, numbers)
+        for batch, part in zip(self.batches, parts, strict=True):
+            for whole, own in zip(found, part, strict=True):
+                whole[batch.queries] = own
         return found
 
-    @torch.inference_mode()
     def read(self, number: int) -> ResponseScores:
         """Of the samples of one batch, in the order of its queries."""
+        return self._read(self._model, number)
+
+    @cached_property
+    def _readers(self) -> Readers:
+        return Readers(self._model, min(readers_of(self._model), len(self.batches)))
+
+    @torch.inference_mode()
+    def _read(self, model: PreTrainedModel, number: int) -> ResponseScores:
         batch = self.batches[number]
         if self._preamble is None or self._preamble.ids != batch.shared:
-            self._preamble = Preamble(self._model, batch.shared) if batch.shared else None
+            self._preamble = Preamble(model, batch.shared) if batch.shared else None
         cache = self._preamble.cache(len(batch.ids)) if self._preamble else None
-        logprobs = continuation_logprobs(self._model, batch, cache, whole=False).cpu()
+        logprobs = continuation_logprobs(model, batch, cache, whole=False).cpu()
         return self._answers[number].scores(logprobs)

@@ -41,6 +41,8 @@ MOST_PADDING = 0.2
 """Share of padding in a larger batch."""
 MOST_KNOWN = 4
 """Tokens of what a batch's rows share, a copy for each, by those that are read."""
+LEAST_AT_ONCE = 2048
+"""Tokens of a batch that is worth a thread of its own."""
 _SIZES = 32
 """From one power of 2 to the next. What oneDNN prepares for a number of tokens PyTorch keeps, for
 hundreds of them: one or two milliseconds each, and some megabytes."""
@@ -79,6 +81,11 @@ class Budget(NamedTuple):
     """Places at which the vocabulary's logits are wanted."""
     rows: int | None = None
     """Of trees; of a tree of all, its queries."""
+
+    def shared(self, batches: int) -> Budget:
+        """That of each of so many batches."""
+        tokens, *others = self
+        return Budget(tokens // batches, *(each and max(1, each // batches) for each in others))
 
     def holds(self, tokens: int, predictions: int, rows: int) -> bool:
         """Whether a batch of so many keeps to it."""
@@ -159,13 +166,19 @@ def reads_trees(model: PreTrainedModel, tokens: int) -> bool:
 
 
 def plan_batches(
-    model: PreTrainedModel, queries: Sequence[Query], budget: Budget, *, padded: bool = False
+    model: PreTrainedModel,
+    queries: Sequence[Query],
+    budget: Budget,
+    *,
+    padded: bool = False,
+    at_once: int = 1,
 ) -> Iterator[TreeBatch]:
     """All queries, each in one batch.
 
     Args:
         padded: whether a batch may have tokens and predictions that nothing asks for, some hundredths
             of all, so that it has one of few sizes.
+        at_once: batches that are read at the same time at most, and have the budget together.
     """
     if not queries:
         return
@@ -174,7 +187,7 @@ def plan_batches(
         yield from _batches(queries, plain, [], budget, model.device, trees=False)
         return
     if reads_blocks(model):
-        for tree in _trees(queries, _in_order(queries), 0, budget):
+        for tree in _even_trees(queries, budget, at_once):
             yield _tensors(
                 queries, [tree], [], model.device, trees=True, blocks=True, padded=padded
             )
@@ -339,6 +352,19 @@ def _trees(
         bundles[-1].queries.append(index)
         bundles[-1].asked.extend(row.add(query.tree, same))
     return bundles
+
+
+def _even_trees(queries: Sequence[Query], budget: Budget, at_once: int) -> list[_Bundle]:
+    """Rows of all trees, of about as many tokens each, so that `at_once` of them keep to the budget."""
+    members = _in_order(queries)
+    rows = _trees(queries, members, 0, budget)
+    tokens = sum(row.read for row in rows)
+    at_once = min(at_once, tokens // LEAST_AT_ONCE)
+    if at_once < 2:
+        return rows
+    count = at_once * -(-tokens // budget.tokens)
+    size = -(-tokens // count) + max(query.longest for query in queries)
+    return _trees(queries, members, 0, budget.shared(at_once)._replace(tokens=size))
 
 
 def _plain(index: int, query: Query) -> _Bundle:

@@ -66,17 +66,24 @@ def read_before(batch: TreeBatch, place: int, mask: torch.Tensor) -> list[int]:
     return [*batch.shared, *batch.ids[row, seen].tolist()]
 
 
-@given(queries, st.integers(1, 200), st.sampled_from(["blocks", "rows", "texts"]), st.booleans())
+@given(
+    queries,
+    st.integers(1, 200),
+    st.sampled_from(["blocks", "rows", "texts"]),
+    st.booleans(),
+    st.integers(1, 3),
+)
 def test_every_token_is_asked_for_after_all_that_is_before_it(
-    llama: PreTrainedModel, asked: list[Query], tokens: int, layout: str, padded: bool
+    llama: PreTrainedModel, asked: list[Query], tokens: int, layout: str, padded: bool, at_once: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees, "_SIZES", 1)
+        patch.setattr(trees, "LEAST_AT_ONCE", 10)
         patch.setattr(trees, "TREE_TOKENS", 30)
         patch.setattr(trees, "reads_blocks", lambda _: layout == "blocks")
         if layout == "texts":
             patch.setattr(trees, "reads_trees", lambda *_: False)
-        batches = list(plan_batches(llama, asked, Budget(tokens), padded=padded))
+        batches = list(plan_batches(llama, asked, Budget(tokens), padded=padded, at_once=at_once))
     assert sorted(n for batch in batches for n in batch.queries) == list(range(len(asked)))
     for batch in batches:
         mask = batch.mask(llama)
@@ -95,18 +102,33 @@ def test_every_token_is_asked_for_after_all_that_is_before_it(
         assert batch.lengths.tolist() == [len(each) for each in expected]
 
 
-@given(queries, st.booleans())
+@given(queries, st.booleans(), st.integers(1, 3))
 def test_a_batch_keeps_to_its_budget(
-    llama: PreTrainedModel, asked: list[Query], by_blocks: bool
+    llama: PreTrainedModel, asked: list[Query], by_blocks: bool, at_once: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees, "TREE_TOKENS", 15)
+        patch.setattr(trees, "LEAST_AT_ONCE", 10)
         patch.setattr(trees, "reads_blocks", lambda _: by_blocks)
-        for batch in plan_batches(llama, asked, Budget(40, predictions=6, rows=3)):
+        budget = Budget(40, predictions=6, rows=3)
+        for batch in plan_batches(llama, asked, budget, at_once=at_once):
             rows, width = batch.ids.shape
             alone = len(batch.queries) == 1 if by_blocks else rows == 1
             together = len(batch.queries) if by_blocks else rows
             assert alone or (together <= 3 and rows * width <= 40 and len(batch.places) <= 6)
+
+
+def test_batches_that_are_read_at_once_are_even(llama: PreTrainedModel) -> None:
+    """And have the budget together."""
+    asked = [Query([n // 7, 8, n % 7, 9], [[n % 5] * (n % 30 + 2)]) for n in range(600)]
+    for tokens, count in ((20_000, 2), (5_000, 6)):
+        read = [
+            int(batch.read.sum()) for batch in plan_batches(llama, asked, Budget(tokens), at_once=2)
+        ]
+        assert len(read) == count
+        assert max(read) <= tokens / 2
+        assert max(read) - min(read) <= 40 * count
+    assert len(list(plan_batches(llama, asked[:100], Budget(20_000), at_once=2))) == 1
 
 
 def test_what_texts_share_is_read_once(llama: PreTrainedModel) -> None:

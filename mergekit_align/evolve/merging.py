@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,12 +36,13 @@ from mergekit_align.devices import give_memory_back
 from mergekit_align.errors import InputError
 from mergekit_align.evolve.kernels import KERNELS, Kernel, kernel_for
 from mergekit_align.evolve.planning import PlannedTensor, Planner, TensorMerge
+from mergekit_align.parallel import one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-COMPILED_FROM = 2**24
-"""Parameters of a model whose merges are compiled."""
+SMALL = 2**24
+"""Parameters up to which merges are not compiled, and not shared among threads."""
 _GIVEN_BACK = 2**25
 """Numbers after which the memory that preparing them took is given back."""
 
@@ -121,8 +123,9 @@ class MergedModel:
                 "expected a checkpoint with the model's own names"
             )
         _prepare(jobs)
-        for job in jobs:
-            self._merge_tensor(job, config.out_dtype)
+        with one_thread() if self._is_small else nullcontext():
+            for job in jobs:
+                self._merge_tensor(job, config.out_dtype)
         return merges
 
     def _merge_tensor(self, job: _Job, out_dtype: str | None) -> None:
@@ -160,10 +163,14 @@ class MergedModel:
         return self._kernel_of[planned]
 
     @cached_property
+    def _is_small(self) -> bool:
+        size: int = sum(parameter.numel() for parameter in self.model.parameters())
+        return size < SMALL
+
+    @cached_property
     def _kernels(self) -> Mapping[str, Callable[..., Kernel]]:
         """Compiled ones where they save more time than it takes to load them."""
-        size = sum(parameter.numel() for parameter in self.model.parameters())
-        if self._device != "cpu" or size < COMPILED_FROM or find_spec("numba") is None:
+        if self._device != "cpu" or self._is_small or find_spec("numba") is None:
             return KERNELS
         from mergekit_align.evolve.compiled import COMPILED
 

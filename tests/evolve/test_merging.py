@@ -116,7 +116,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "by stretches":
         monkeypatch.setattr(merge_kernels, "ENTRIES", 0)
     elif request.param == "compiled":
-        monkeypatch.setattr(merging, "COMPILED_FROM", 0)
+        monkeypatch.setattr(merging, "SMALL", 0)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -197,7 +197,7 @@ import torch
 torch.set_num_threads(1)
 from mergekit_align.evolve import merging
 from test_merging import OPTIONS, Path, merge_config
-merging.COMPILED_FROM = 0
+merging.SMALL = 0
 config = merge_config(Path({str(llama)!r}), "linear", base=False)
 merging.MergedModel(config, OPTIONS).merge(config)
 assert torch.get_num_threads() == 1, torch.get_num_threads()

@@ -12,8 +12,8 @@ on both sides. `merge` gives the time of a step that changes every weight and de
 copying the same bytes: wall time, but the processor's where there is one thread. Both run on a GPU if
 there is one. `gradient` compares the same fitness on the same samples, in processor time, and what is
 found on held-out ones; several worlds are as many seeds. `racing` does so for CMA-ES on
-examples/genomic.yml, medians of three runs, and gives both results' fitness on all samples, with the
-95% interval of their difference, the samples being paired; a genome's file in place of the world is
+examples/genomic.yml, medians of `--repeats` runs, and gives both results' fitness on all samples, with
+the 95% interval of their difference, the samples being paired; a genome's file in place of the world is
 searched as it is.
 """
 
@@ -283,14 +283,16 @@ class Run(NamedTuple):
         return sum(each.stopped or every for each in self.result.evaluations)
 
 
-def racing(world: Path, limit: int | None, seeds: int) -> dict[str, Any]:
+def racing(
+    world: Path, limit: int | None, *, seeds: int, count: int, repeats: int
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     table = Table("seed", "", "exact", "racing", "racing / exact")
     _search(world, 1, 0, racing=False, count=1)  # imports count for neither
     for seed in range(seeds):
         turns = []
-        for _ in range(3):  # the same searches: a machine is not as fast from minute to minute
-            runs = [_search(world, limit, seed, racing=on) for on in (False, True)]
+        for _ in range(repeats):  # a machine is not as fast from one minute to the next
+            runs = [_search(world, limit, seed, racing=on, count=count) for on in (False, True)]
             turns.append([each.seconds for each in runs])
         seconds = [statistics.median(side) for side in zip(*turns, strict=True)]
         for label, digits, both in (
@@ -312,7 +314,7 @@ def racing(world: Path, limit: int | None, seeds: int) -> dict[str, Any]:
     return found
 
 
-def _search(world: Path, limit: int | None, seed: int, *, racing: bool, count: int = 100) -> Run:
+def _search(world: Path, limit: int | None, seed: int, *, racing: bool, count: int) -> Run:
     with tempfile.TemporaryDirectory() as place:
         content = example("genomic", world, Path(place) / "out", racing=racing)
         content["align"] |= {"random_seed": seed, "max_fevals": count}
@@ -343,6 +345,8 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", help="demo worlds; or base and models")
     parser.add_argument("--limit", type=int, help="samples a task")
     parser.add_argument("--seeds", type=int, default=3, help="of `racing`")
+    parser.add_argument("--count", type=int, default=100, help="evaluations of `racing`")
+    parser.add_argument("--repeats", type=int, default=3, help="of each search of `racing`")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     machine = name(default_device())
@@ -353,7 +357,13 @@ def main() -> None:
         "merge": lambda: merge(first, rest),
         "memory": lambda: merge_memory(first, rest),
         "gradient": lambda: gradient([Path(first), *map(Path, rest)], arguments.limit),
-        "racing": lambda: racing(Path(first), arguments.limit, arguments.seeds),
+        "racing": lambda: racing(
+            Path(first),
+            arguments.limit,
+            seeds=arguments.seeds,
+            count=arguments.count,
+            repeats=arguments.repeats,
+        ),
     }[arguments.what]()
     if arguments.json:
         names = [Path(each).name for each in arguments.paths]

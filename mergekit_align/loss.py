@@ -226,7 +226,7 @@ class ResponseReader:
         self._preamble = None
         found = ResponseScores.nothing(self._count)
         numbers = range(len(self.batches))
-        at_once = min(readers_of(self._model), len(numbers)) > 1
+        at_once = len(numbers) > 1 and readers_of(self._model) > 1
         parts = self._readers.map(self._read, numbers) if at_once else map(self.read, numbers)
         for batch, part in zip(self.batches, parts, strict=True):
             for whole, own in zip(found, part, strict=True):

@@ -32,9 +32,10 @@ MOST_READERS = 4
 
 def readers_of(model: PreTrainedModel) -> int:
     """How many threads may read a model at once; one where its copies might not be as it is."""
-    if not reads_blocks(model) or any(_is_changed(module) for module in model.modules()):
+    threads = torch.get_num_threads()
+    if threads == 1 or not reads_blocks(model) or any(map(_is_changed, model.modules())):
         return 1
-    return min(MOST_READERS, torch.get_num_threads())
+    return min(MOST_READERS, threads)
 
 
 def _is_changed(module: torch.nn.Module) -> bool:

@@ -94,6 +94,7 @@ class MergedModel:
         # By checkpoint name; of parameters that are tied, the first name alone.
         self._targets: dict[str, torch.nn.Parameter] = dict(self.model.named_parameters())
         self._written: dict[str, object] = {}
+        """Of what a kernel last merged each parameter; the numbers are those of the plan's models."""
         self._kernel_of: dict[PlannedTensor, Kernel | None] = {}
 
     def resolve(self, config: MergeConfiguration) -> list[TensorMerge]:
@@ -132,7 +133,7 @@ class MergedModel:
         merge, target, kernel = job
         name = merge.weight.name
         if kernel is not None:
-            made_of = (merge.planned, merge.shared, merge.own)
+            made_of = (merge.planned, merge.shared, [*merge.own.values()])
             if self._written.pop(name, None) != made_of:
                 kernel.merge(target, merge.shared, merge.own)
             self._written[name] = made_of

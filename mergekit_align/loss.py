@@ -213,10 +213,12 @@ class ResponseReader:
         self._preamble: Preamble | None = None
         budget = Budget(BATCH_TOKENS, BATCH_LOGITS // vocabulary_size(model), max_batch_size)
         queries = [each.query for each in asked]
+        readers = readers_of(model)
         self.batches: list[TreeBatch] = list(
-            plan_batches(model, queries, budget, padded=True, at_once=readers_of(model))
+            plan_batches(model, queries, budget, padded=True, at_once=readers)
         )
         """All samples, each once."""
+        self._at_once = min(readers, sum(batch.blocks is not None for batch in self.batches))
         self._answers = [
             _Answers.of([asked[index] for index in batch.queries]) for batch in self.batches
         ]
@@ -226,8 +228,8 @@ class ResponseReader:
         self._preamble = None
         found = ResponseScores.nothing(self._count)
         numbers = range(len(self.batches))
-        at_once = len(numbers) > 1 and readers_of(self._model) > 1
-        parts = self._readers.map(self._read, numbers) if at_once else map(self.read, numbers)
+        several = self._at_once > 1 and readers_of(self._model) > 1
+        parts = self._readers.map(self._read, numbers) if several else map(self.read, numbers)
         for batch, part in zip(self.batches, parts, strict=True):
             for whole, own in zip(found, part, strict=True):
                 whole[batch.queries] = own
@@ -239,7 +241,7 @@ class ResponseReader:
 
     @cached_property
     def _readers(self) -> Readers:
-        return Readers(self._model, min(readers_of(self._model), len(self.batches)))
+        return Readers(self._model, self._at_once)
 
     @torch.inference_mode()
     def _read(self, model: PreTrainedModel, number: int) -> ResponseScores:

@@ -178,7 +178,8 @@ def plan_batches(
     Args:
         padded: whether a batch may have tokens and predictions that nothing asks for, some hundredths
             of all, so that it has one of few sizes.
-        at_once: batches that are read at the same time at most, and have the budget together.
+        at_once: batches that are read at the same time at most, and have the budget together; of those
+            with `blocks` alone.
     """
     if not queries:
         return
@@ -364,7 +365,8 @@ def _even_trees(queries: Sequence[Query], budget: Budget, at_once: int) -> list[
         return rows
     count = at_once * -(-tokens // budget.tokens)
     size = -(-tokens // count) + max(query.longest for query in queries)
-    return _trees(queries, members, 0, budget.shared(at_once)._replace(tokens=size))
+    own = budget.shared(at_once)
+    return _trees(queries, members, 0, own._replace(tokens=min(size, own.tokens)))
 
 
 def _plain(index: int, query: Query) -> _Bundle:

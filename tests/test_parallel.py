@@ -100,6 +100,17 @@ def test_a_model_whose_copies_may_not_be_as_it_is_has_one_reader(model: PreTrain
     assert readers_of(model) == 1
 
 
+def test_texts_in_rows_of_their_own_are_read_one_batch_after_another(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which have all of the budget, each."""
+    monkeypatch.setattr(trees, "reads_trees", lambda *_: False)
+    monkeypatch.setattr(loss, "Readers", None)
+    parts = reader(model, monkeypatch)
+    assert len(parts.batches) > 1
+    assert np.isfinite(parts.scores().logprobs).all()
+
+
 def test_a_hook_that_comes_later_is_heeded(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

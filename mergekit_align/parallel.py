@@ -1,8 +1,8 @@
 """A model's batches on a CPU, read by several threads at once, each with cores of its own.
 
-PyTorch gives every operation to all cores, so that what one core wrote another reads next. Where they
-are far apart, as a virtual machine's may be for minutes, two take as long as one. A batch that is read
-from beginning to end by the same cores stays in their caches.
+PyTorch gives every operation to all cores: they wait for the slowest at each, and what one wrote
+another reads next. On a busy virtual machine two took nearly as long as one, for minutes on end. A
+batch that is read from beginning to end by the same cores waits once, and stays in their caches.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Readers:
 
         def start() -> None:
             torch.get_num_threads()  # which else would set it when PyTorch first asks
-            torch.set_num_threads(threads // count)
+            torch.set_num_threads(max(1, threads // count))
             started.wait()
 
         self._pool = ThreadPoolExecutor(count, "reader", initializer=start)

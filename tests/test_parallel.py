@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from test_output_layer import model_of
+from transformers import PreTrainedModel
 
 from mergekit_align import loss, trees
 from mergekit_align.encoding import EncodedSample
@@ -21,25 +22,16 @@ SAMPLES = [
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[int]:
+def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield 2
+    yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return model_of("llama").requires_grad_(False)
 
 
 def reader(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> ResponseReader:
@@ -70,6 +62,8 @@ def test_each_has_its_share_of_the_processors_threads(model: PreTrainedModel) ->
         (2, "b"),
         (2, "c"),
     ]
+    more = Readers(model, 6)
+    assert list(more.map(lambda *_: torch.get_num_threads(), "abc")) == [1, 1, 1]
     assert torch.get_num_threads() == 5
     with one_thread():
         assert torch.get_num_threads() == 1

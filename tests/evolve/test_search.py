@@ -235,6 +235,22 @@ def test_an_interrupt_finishes_the_candidate(write_config: WriteConfig) -> None:
     assert len(found.evaluations) == 2
 
 
+def test_what_cannot_be_written_ends_the_search(write_config: WriteConfig, tmp_path: Path) -> None:
+    journal = tmp_path / "evolved" / "study.journal"
+
+    lines: list[str] = []
+
+    def spoil(line: str) -> None:
+        lines.append(line)
+        if line.startswith("2/"):
+            journal.rename(tmp_path / "away")
+            journal.mkdir()
+
+    with pytest.raises(IsADirectoryError):
+        search(read_config(write_config(), evaluations=9), progress=spoil)
+    assert 2 <= len(lines) <= 4
+
+
 class TestFloors:
     """A floor is a constraint on a metric that a task gives."""
 

@@ -66,7 +66,7 @@ def search(
 ) -> Search:
     """Search for the best merge of a config.
 
-    Every evaluation is remembered in `config.study` while the next one begins, and
+    Every evaluation is remembered in `config.study` before the next one begins, and
     `best_config.yml` in `config.storage` is kept current. An interrupt (Ctrl-C) lets the candidate
     that is being evaluated finish; a second one does not.
 

@@ -1,8 +1,8 @@
 """What a search remembers: every evaluation, appended when it is done, in a store of Optuna's.
 
-A finished evaluation is one trial and, in a journal file, one line. It is written while the next one
-begins, so that a kill can lose no more than that line. What a searcher knows is not stored: it follows
-from its seed and the evaluations, in the order in which they were asked for and told.
+A finished evaluation is one trial and, in a journal file, one line, so that a kill can lose no more
+than the line that is being written. What a searcher knows is not stored: it follows from its seed and
+the evaluations, in the order in which they were asked for and told.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,27 +74,12 @@ class Study:
     def __init__(self, study: optuna.Study, genes: Sequence[Gene]) -> None:
         self._study = study
         self._genes = genes
-        self._writer = ThreadPoolExecutor(1, "study")
-        self._writing: Future[None] | None = None
         self.evaluations: list[Evaluation] = [_evaluation(each) for each in study.trials]
 
     def add(self, evaluation: Evaluation) -> None:
-        """Remember an evaluation: it is being written when this returns, and those before are."""
-        self._wait()
-        self._writing = self._writer.submit(self._write, evaluation)
-        self.evaluations.append(evaluation)
-
-    def close(self) -> None:
-        """When this returns, every evaluation is on disk."""
-        self._writer.shutdown()
-        self._wait()
-
-    def _write(self, evaluation: Evaluation) -> None:
+        """Remember an evaluation: when this returns it is on disk."""
         self._study.add_trial(_trial(evaluation, self._genes))
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+        self.evaluations.append(evaluation)
 
 
 @contextmanager
@@ -151,8 +135,7 @@ def open_study(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 study.set_metric_names(list(config["objectives"]))
-        with closing(Study(study, genes)) as opened:
-            yield opened
+        yield Study(study, genes)
     finally:
         held.release()
 
